@@ -1,0 +1,40 @@
+"""tightfit fits big models into small memory: plan, run and measure inside an absolute budget.
+
+The face: nouns and verbs, loaded when they are first used, so that `import tightfit` costs nothing.
+"""
+
+from importlib import import_module
+from typing import Any
+
+__version__ = "0.1.0"
+
+_FACE = {
+    "Budget": "terms.budget",
+    "Footprint": "terms.footprint",
+    "Machine": "terms.machine",
+    "Plan": "terms.plan",
+    "Report": "terms.report",
+    "TightfitError": "terms.errors",
+    "Workload": "terms.workload",
+    "Sampling": "runtime.generate",
+    "Skeleton": "describe.skeleton",
+    "apply": "verbs",
+    "build": "runtime.build",
+    "describe": "describe.source",
+    "generate": "runtime.generate",
+    "evaluate": "verbs",
+    "plan": "verbs",
+    "probe": "runtime.probe",
+    "rehearse": "rehearse.rehearsal",
+    "run": "verbs",
+}
+
+__all__ = sorted(_FACE)
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _FACE:
+        raise AttributeError(f"tightfit has no `{name}`")
+    value = getattr(import_module(f"tightfit.{_FACE[name]}"), name)
+    globals()[name] = value
+    return value

@@ -1,0 +1,122 @@
+"""Catalog: a name is a file. Techniques are found in their folder, and in outside packages through entry points."""
+
+import ast
+import importlib
+import importlib.util
+import pkgutil
+from collections.abc import Mapping
+from dataclasses import fields, is_dataclass
+from functools import cache
+from importlib.metadata import entry_points
+from pathlib import Path
+from types import ModuleType
+from typing import Any, get_type_hints
+
+from tightfit.contracts import Transform
+from tightfit.terms.errors import TightfitError, near
+
+ENTRY_POINTS = "tightfit.techniques"
+"""The entry-point group in which another package names its technique modules."""
+
+
+def technique_names() -> list[str]:
+    """Every technique that can be named, without importing one."""
+    import tightfit.techniques
+
+    own = [module.name for module in pkgutil.iter_modules(tightfit.techniques.__path__)]
+    return sorted({*own, *(entry.name for entry in entry_points(group=ENTRY_POINTS))})
+
+
+@cache
+def technique(name: str) -> type[Any]:
+    """The technique class called `name`. Raises `TightfitError` with near names for an unknown one."""
+    module = technique_module(name)
+    found = [item for item in vars(module).values() if isinstance(item, type) and is_dataclass(item) and item.__module__ == module.__name__]
+    offered = [item for item in found if "stage" in vars(item)]
+    if len(offered) != 1:
+        raise TightfitError(f"`{module.__name__}` offers {len(offered)} techniques", hint="a technique file ends in one dataclass with a `stage`")
+    return offered[0]
+
+
+def technique_module(name: str) -> ModuleType:
+    """The file in which the technique `name` lives; its docstring explains it."""
+    outside = {entry.name: entry for entry in entry_points(group=ENTRY_POINTS)}
+    if name in outside:
+        return outside[name].load()
+    if name not in technique_names():
+        raise TightfitError(f"no technique is called `{name}`", hint=near(name, technique_names()))
+    return importlib.import_module(f"tightfit.techniques.{name}")
+
+
+def techniques() -> dict[str, type[Any]]:
+    """All techniques by name."""
+    return {name: technique(name) for name in technique_names()}
+
+
+def technique_summary(name: str) -> str:
+    """The first sentence of a technique's file. Nothing is imported."""
+    first = explain(name)["text"].split("\n")[0]
+    return first.partition(": ")[2] or first
+
+
+def explain(name: str) -> dict[str, Any]:
+    """A technique's docstring (`text`) and its `settings`, each with name, default and the price in its comment. Nothing is imported."""
+    source = _source(name)
+    tree, lines = ast.parse(source), source.split("\n")
+    last = [node for node in tree.body if isinstance(node, ast.ClassDef)][-1]
+    declared = [node for node in last.body if isinstance(node, ast.AnnAssign) and "ClassVar" not in ast.unparse(node.annotation)]
+    settings = [
+        {
+            "name": ast.unparse(node.target),
+            "default": ast.unparse(node.value) if node.value else "(must be given)",
+            "price": lines[node.end_lineno - 1 if node.end_lineno else 0].partition("#")[2].strip(),
+        }
+        for node in declared
+    ]
+    return {"name": name, "text": ast.get_docstring(tree) or "", "settings": settings}
+
+
+def _source(name: str) -> str:
+    if name not in technique_names():
+        raise TightfitError(f"no technique is called `{name}`", hint=near(name, technique_names()))
+    outside = {entry.name: entry.module for entry in entry_points(group=ENTRY_POINTS)}
+    found = importlib.util.find_spec(outside.get(name, f"tightfit.techniques.{name}"))
+    return Path(found.origin).read_text() if found and found.origin else ""
+
+
+def make(name: str, settings: Mapping[str, Any]) -> Transform:
+    """The technique `name` with `settings`. Raises `TightfitError` for a setting that it does not have."""
+    kind = technique(name)
+    known = {item.name for item in fields(kind)}
+    for setting in settings:
+        if setting not in known:
+            raise TightfitError(f"`{name}` has no setting `{setting}`", hint=near(setting, known) or f"`{name}` has no settings")
+    frozen = {key: tuple(value) if isinstance(value, list) else value for key, value in settings.items()}
+    return kind(**frozen)
+
+
+def parse(text: str) -> tuple[str, dict[str, Any]]:
+    """Name and settings from `NAME` or `NAME:key=value,key=value`, as the command line takes them."""
+    name, _, rest = text.partition(":")
+    hints = get_type_hints(technique(name))
+    settings: dict[str, Any] = {}
+    for pair in filter(None, rest.split(",")):
+        key, equals, value = pair.partition("=")
+        if not equals:
+            raise TightfitError(f"`{pair}` is not a setting", hint=f"write `{name}:key=value,key=value`")
+        settings[key.strip()] = _typed(value.strip(), hints.get(key.strip(), str), f"{name}:{key}")
+    make(name, settings)
+    return name, settings
+
+
+def _typed(value: str, kind: Any, place: str) -> Any:
+    if kind is bool:
+        if value.lower() not in ("true", "false"):
+            raise TightfitError(f"`{place}` is true or false, not `{value}`")
+        return value.lower() == "true"
+    if kind in (int, float):
+        try:
+            return kind(value)
+        except ValueError:
+            raise TightfitError(f"`{place}` is a number, not `{value}`") from None
+    return value

@@ -1,0 +1,58 @@
+"""Every socket of tightfit on one page: what a technique, a quantized weight and a ring of blocks promise."""
+
+from enum import IntEnum
+from typing import TYPE_CHECKING, ClassVar, Literal, Protocol, runtime_checkable
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+Quality = Literal["exact", "near", "small"]
+QUALITIES: tuple[Quality, ...] = ("exact", "near", "small")
+"""What a technique may do to the weights: `exact` keeps the stored precision, `near` at least 4 bits, `small` anything."""
+
+
+class Stage(IntEnum):
+    """When a transform is applied. Techniques are chosen in any order and applied in this one."""
+
+    SHAPE = 0
+    QUANTIZE = 1
+    ADAPT = 2
+    ATTEND = 3
+    MOVE = 4
+    RECOMPUTE = 5
+
+
+@runtime_checkable
+class Transform(Protocol):
+    """One change to a model. A technique is a frozen dataclass with these members; its fields are its settings.
+
+    `apply` changes structure only and works on `meta` tensors: contents come later, block by block, when weights are read.
+    It never renames parameter paths, and raises `TightfitError` when its `where` matches nothing.
+    """
+
+    stage: ClassVar[Stage]
+    quality: ClassVar[Quality]
+
+    def apply(self, model: "nn.Module") -> None:
+        """Change `model` in place."""
+        ...
+
+
+@runtime_checkable
+class Absorbs(Protocol):
+    """A module whose weights rest in another form than they are stored. It takes a dense tensor and keeps its own form of it."""
+
+    def absorb(self, name: str, dense: "Tensor") -> None:
+        """Take the dense parameter `name` (`weight`, `bias`, …), of the shape it has in the checkpoint, and keep it."""
+        ...
+
+
+class Ring(Protocol):
+    """Blocks that take turns in few slots of fast memory."""
+
+    def acquire(self, position: int) -> None:
+        """Make the weights of the block at `position` usable, and give up those of the block acquired before.
+
+        Called at the start of each block's forward pass, and again when the block is recomputed for its backward pass.
+        """
+        ...

@@ -1,0 +1,118 @@
+"""Skeleton: a model on paper: its config, its class, its meta module, and where each weight lies."""
+
+import copy
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tightfit.describe.blocks import blocks_of
+from tightfit.formats.image import TensorRecord
+from tightfit.terms.errors import TightfitError
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Where one parameter comes from: its records in the checkpoint, and the conversion that joins them (none: as it is)."""
+
+    records: tuple[TensorRecord, ...]
+    conversion: Any = None
+    sources: tuple[tuple[str, str], ...] = ()
+
+
+@dataclass(frozen=True)
+class Skeleton:
+    """What is known of a model before a weight is read.
+
+    `origins` maps the parameter names of the module to the checkpoint; empty for presets, which have no weights.
+    `live` is the module itself when a live one was described: then its own tensors are the weights.
+    """
+
+    name: str
+    config: Any
+    model_class: type[nn.Module]
+    dtype: torch.dtype
+    folder: str = ""
+    origins: Mapping[str, Origin] = field(default_factory=dict)
+    live: nn.Module | None = None
+
+    def meta_model(self) -> nn.Module:
+        """A fresh module on `meta`, in the stored precision, in evaluation mode. Takes no memory."""
+        if self.live is not None:
+            return meta_copy(self.live)
+        with torch.device("meta"):
+            model = self.model_class._from_config(copy.deepcopy(self.config), dtype=self.dtype)
+        model.eval()
+        return model
+
+    def weight_bytes(self) -> int:
+        """Bytes of all parameters in the stored precision; tied ones once."""
+        return sum(parameter.numel() * parameter.element_size() for parameter in self.meta_model().parameters())
+
+    def block_bytes(self) -> list[int]:
+        """Bytes of each repeated block in the stored precision, in order."""
+        return [sum(parameter.numel() * parameter.element_size() for parameter in block.parameters()) for _, block in blocks_of(self.meta_model())]
+
+
+def meta_copy(module: nn.Module) -> nn.Module:
+    """A deep copy of `module` whose tensors are on `meta`; the original's memory is never doubled."""
+    memo: dict[int, Any] = {}
+    for parameter in module.parameters():
+        memo[id(parameter)] = nn.Parameter(torch.empty_like(parameter, device="meta"), requires_grad=parameter.requires_grad)
+    for buffer in module.buffers():
+        memo[id(buffer)] = torch.empty_like(buffer, device="meta")
+    return copy.deepcopy(module, memo)
+
+
+def match_origins(model: nn.Module, records: Mapping[str, TensorRecord]) -> dict[str, Origin]:
+    """Find each parameter of the meta `model` in the checkpoint, with the names and fusions that transformers knows.
+
+    Raises `TightfitError` when parameters are missing, or when a shape or dtype disagrees with the config.
+    """
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+
+    transforms = get_model_conversion_mapping(model)
+    renamings = [transform for transform in transforms if isinstance(transform, WeightRenaming)]
+    converters = [transform for transform in transforms if isinstance(transform, WeightConverter)]
+    by_pattern = {pattern: converter for converter in converters for pattern in converter.source_patterns}
+    wanted = model.state_dict()
+    gathered: dict[str, list[tuple[str, str]]] = {}
+    for key in sorted(records, key=_natural):
+        target, pattern = rename_source_key(key, renamings, converters, model.base_model_prefix, wanted)
+        gathered.setdefault(target, []).append((key, pattern or ""))
+    origins = {}
+    for target, sources in gathered.items():
+        found = tuple(records[key] for key, _ in sources)
+        origins[target] = Origin(found, by_pattern.get(sources[0][1]), tuple(sources))
+    _refuse_faults(model, origins)
+    return origins
+
+
+def _natural(key: str) -> list[tuple[int, str]]:
+    return [(int(part), "") if part.isdigit() else (-1, part) for part in key.split(".")]
+
+
+def _refuse_faults(model: nn.Module, origins: Mapping[str, Origin]) -> None:
+    tied = set(getattr(model, "all_tied_weights_keys", None) or {})
+    faults = []
+    for name, parameter in model.named_parameters():
+        origin = origins.get(name)
+        if origin is None:
+            if name not in tied and not any(other in origins for other in _same(model, parameter)):
+                faults.append(f"`{name}` is not in the checkpoint")
+        elif origin.conversion is None and origin.records[0].shape != tuple(parameter.shape):
+            faults.append(f"`{name}` has shape {list(origin.records[0].shape)}, the config says {list(parameter.shape)}")
+        elif not origin.records[0].dtype.is_floating_point:
+            faults.append(f"`{name}` is stored as {str(origin.records[0].dtype).removeprefix('torch.')}, which is not a plain weight")
+    if faults:
+        more = f" (and {len(faults) - 1} more)" if len(faults) > 1 else ""
+        raise TightfitError(
+            f"the checkpoint does not match the config: {faults[0]}{more}", hint="is `config.json` of this model?", details="\n".join(faults)
+        )
+
+
+def _same(model: nn.Module, parameter: Tensor) -> list[str]:
+    return [name for name, other in model.named_parameters(remove_duplicate=False) if other is parameter]

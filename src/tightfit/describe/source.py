@@ -1,0 +1,112 @@
+"""Source: what people name a model by (hub id, folder, preset, live module) becomes a Skeleton."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from tightfit.describe.checkpoint import read_checkpoint
+from tightfit.describe.skeleton import Skeleton, match_origins
+from tightfit.presets import presets
+from tightfit.terms.errors import TightfitError, near
+from tightfit.terms.workload import Task
+
+
+def describe(source: str | nn.Module, task: Task = "generate", random_weights: bool = False) -> Skeleton:
+    """Put a model on paper; reads configs and headers, never a weight.
+
+    `source` is a folder, the name of a preset, a Hugging Face id (from the cache, or fetched unless `HF_HUB_OFFLINE` is set),
+    or a live module. With `random_weights` a missing checkpoint is no fault. Raises `TightfitError`.
+    """
+    if isinstance(source, nn.Module):
+        dtype = next((parameter.dtype for parameter in source.parameters() if parameter.dtype.is_floating_point), torch.float32)
+        return Skeleton(type(source).__name__, source.config, type(source), dtype, live=source)
+    folder, config = _find(source)
+    model_class = _model_class(config, task)
+    records = {}
+    if folder is not None and not random_weights:
+        records = read_checkpoint(folder)
+    dtype = _stored_dtype(config, records)
+    skeleton = Skeleton(source, config, model_class, dtype, folder=str(folder or ""))
+    if not records:
+        return skeleton
+    return Skeleton(source, config, model_class, dtype, str(folder), match_origins(skeleton.meta_model(), records))
+
+
+def _find(source: str) -> tuple[Path | None, Any]:
+    """The folder that holds the weights (none for a bare preset) and the config."""
+    path = Path(source).expanduser()
+    if path.is_dir():
+        return path, _load_config(path / "config.json")
+    known = presets()
+    if source.lower() in known:
+        found = known[source.lower()]
+        return (found, _load_config(found / "config.json")) if found.is_dir() else (None, _load_config(found))
+    if path.exists():
+        raise TightfitError(f"`{source}` is a file", hint="name the folder that holds `config.json` and the weights")
+    if source.count("/") == 1 and not source.startswith((".", "/", "~")):
+        folder = _from_hub(source)
+        return folder, _load_config(folder / "config.json")
+    raise TightfitError(f"no model is called `{source}`: not a folder, a preset or a hub id", hint=near(source, known))
+
+
+def _from_hub(name: str) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
+
+    wanted = ["*.json", "*.safetensors", "tokenizer*", "*.model", "*.jinja", "*.txt"]
+    try:
+        return Path(snapshot_download(name, allow_patterns=wanted))
+    except (HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled, OSError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise TightfitError(f"`{name}` is not in the cache and could not be fetched: {reason[:200]}", hint=near(name, presets())) from error
+
+
+def _load_config(file: Path) -> Any:
+    from transformers import AutoConfig
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+    try:
+        values = json.loads(file.read_text())
+    except FileNotFoundError as error:
+        raise TightfitError(f"`{file.parent}` has no `config.json`", hint="name a folder as `save_pretrained` writes it") from error
+    except (OSError, ValueError) as error:
+        raise TightfitError(f"`{file}` is not readable JSON: {error}") from error
+    model_type = values.pop("model_type", None)
+    if model_type not in CONFIG_MAPPING:
+        raise TightfitError(f"the architecture `{model_type}` is unknown to the installed transformers", hint=near(str(model_type), CONFIG_MAPPING.keys()))
+    if "quantization_config" in values:
+        method = values["quantization_config"].get("quant_method", "?")
+        raise TightfitError(f"the weights are already quantized (`{method}`)", hint="name the original model; tightfit quantizes while it loads")
+    try:
+        return AutoConfig.for_model(model_type, **values)
+    except Exception as error:  # transformers validates with its own many error classes
+        raise TightfitError(f"`{file}` is not a valid `{model_type}` config: {str(error).splitlines()[0]}") from error
+
+
+def _model_class(config: Any, task: Task) -> type[nn.Module]:
+    import transformers
+    from transformers.models.auto import modeling_auto as auto
+
+    named = [name for name in config.architectures or () if name in dir(transformers)]
+    generates = {*auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values(), *auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES.values()}
+    if task == "generate" and (not named or named[0] not in generates):
+        names = auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES | auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES
+        if named or config.model_type not in names:
+            raise TightfitError(f"`{(named or [config.model_type])[0]}` does not write text", hint="plan it with `--task embed` or `--task tune`")
+        named = [names[config.model_type]]
+    if not named:
+        named = [auto.MODEL_MAPPING_NAMES[config.model_type]]
+    return getattr(transformers, named[0])
+
+
+def _stored_dtype(config: Any, records: dict[str, Any]) -> torch.dtype:
+    """The precision that most bytes are stored in; for a preset the config's word."""
+    if not records:
+        return config.dtype if isinstance(config.dtype, torch.dtype) else torch.float32
+    sizes: dict[torch.dtype, int] = {}
+    for record in records.values():
+        sizes[record.dtype] = sizes.get(record.dtype, 0) + record.nbytes
+    return max(sizes, key=lambda dtype: sizes[dtype])

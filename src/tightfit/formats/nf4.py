@@ -1,0 +1,221 @@
+"""NF4: four bits per weight on the quantiles of a normal distribution, a scale for every 64. The codec, and the linear layer in it."""
+
+import logging
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache
+from typing import Literal
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import unset_fake_temporarily
+
+from tightfit.formats.codec import SLICED, Codec, Part, Shape, check_finite, row_slices
+from tightfit.formats.linear import QuantizedLinear
+from tightfit.terms.units import MIB
+
+logging.getLogger("bitsandbytes.backends.cpu.ops").addFilter(lambda record: "gemm_4bit_forward" not in str(record.msg))
+"""bitsandbytes warns that a kernel from the hub is missing; its own does the same work."""
+
+with torch.device("cpu"), unset_fake_temporarily():  # it makes tables while it is imported, and keeps them
+    import bitsandbytes.functional as bitsandbytes
+
+Layout = Literal["standard", "packed"]
+
+BLOCK = 64
+"""Weights that share a scale (QLoRA, section 3)."""
+
+NESTED_BLOCK = 256
+"""Scales that share a scale, with double quantization (QLoRA, section 3)."""
+
+PACKED_ROWS = 32
+"""Rows that the fused CPU kernel interleaves."""
+
+PACKED_TOKENS = 256
+"""Most tokens for which the fused CPU kernel beats slices of unpacked rows. bfloat16, 4096 x 4096, one thread: 0.7 ms against 30 at
+one token, 63 against 120 at 128, 300 against 180 at 512."""
+
+FUSED_TOKENS = 4
+"""Most tokens for which bitsandbytes' `gemm_4bit` surely runs its fused CUDA kernel; beyond it may decode the whole weight inside."""
+
+_ENCODE_BYTES = 16 * MIB
+"""Float32 weights that are encoded at a time."""
+
+
+@dataclass(frozen=True)
+class NF4Codec(Codec):
+    """NF4 as bitsandbytes stores it (`standard`), or in the order that its fused CPU kernel reads (`packed`).
+
+    standard: 4 + 32/64 bits per weight; with double quantization 4 + 8/64 + 32/(64·256) = 4.127 (QLoRA, section 3).
+    packed: 4 + 16/64 bits, scales in bfloat16. Only where 32 divides the rows and 64 the columns; other shapes are kept standard.
+    """
+
+    layout: Layout = "standard"
+    double_quantization: bool = True
+
+    def is_packed(self, shape: Shape) -> bool:
+        """Whether a matrix of this shape is stored packed."""
+        return self.layout == "packed" and shape[0] % PACKED_ROWS == 0 and shape[1] % BLOCK == 0
+
+    def parts(self, shape: Shape) -> tuple[Part, ...]:
+        """Two codes a byte; then scales, by layout."""
+        rows, columns = shape
+        blocks = -(-rows * columns // BLOCK)
+        codes = Part("", (rows, columns // 2) if columns % 2 == 0 else ((rows * columns + 1) // 2,), torch.int8)
+        if self.is_packed(shape):
+            return codes, Part("absmax", (columns // BLOCK, rows), torch.bfloat16)
+        if not self.double_quantization:
+            return codes, Part("absmax", (blocks,), torch.float32)
+        return (
+            codes,
+            Part("absmax", (blocks,), torch.uint8),
+            Part("nested_absmax", (-(-blocks // NESTED_BLOCK),), torch.float32),
+            Part("nested_code", (256,), torch.float32),
+            Part("offset", (1,), torch.float32),
+        )
+
+    def encode(self, dense: Tensor) -> tuple[Tensor, ...]:
+        """Codes and scales, equal to those of bitsandbytes' `quantize_4bit`."""
+        check_finite(dense)
+        shape = (dense.shape[0], dense.shape[1])
+        codes, absmax = _encode_standard(dense)
+        if self.is_packed(shape):
+            return _pack(codes, shape), absmax.view(shape[0], -1).t().to(torch.bfloat16).contiguous()
+        codes = codes.view(self.parts(shape)[0].shape).view(torch.int8)
+        if not self.double_quantization:
+            return codes, absmax
+        offset = absmax.mean()
+        nested_code = torch.tensor(_dynamic_code(), device=dense.device)
+        nested, nested_absmax = torch.ops.bitsandbytes.quantize_blockwise(absmax - offset, nested_code, NESTED_BLOCK)
+        return codes, nested, nested_absmax, nested_code, offset.view(1)
+
+    def decode(self, tensors: Sequence[Tensor], shape: Shape, start: int, stop: int, dtype: torch.dtype) -> Tensor:
+        """`quantile[code] * absmax`, by bitsandbytes' kernel."""
+        if dtype not in (torch.float32, torch.bfloat16, torch.float16):
+            return self.decode(tensors, shape, start, stop, torch.float32).to(dtype)
+        first, last = start * shape[1], stop * shape[1]
+        if self.is_packed(shape):
+            codes = _unpack(tensors[0][start:stop], shape[1])
+            absmax = tensors[1][:, start:stop].t().to(torch.float32).flatten()
+        else:
+            codes = tensors[0].view(-1).view(torch.uint8)[first // 2 : (last + 1) // 2]
+            absmax = self._absmax(tensors, first // BLOCK, -(-last // BLOCK))
+        # One long row of even length: bitsandbytes' CPU kernel starts a block anew in every row, and compiles for odd lengths.
+        even = last - first + (last - first) % 2
+        dense = torch.ops.bitsandbytes.dequantize_4bit(codes, absmax, BLOCK, "nf4", (1, even), dtype)
+        return dense.view(-1)[: last - first].view(stop - start, shape[1])
+
+    def _absmax(self, tensors: Sequence[Tensor], first: int, last: int) -> Tensor:
+        """Scales of the blocks `first:last` in float32."""
+        if not self.double_quantization:
+            return tensors[1][first:last]
+        _, nested, nested_absmax, nested_code, offset = tensors
+        scales = nested_absmax[first // NESTED_BLOCK : -(-last // NESTED_BLOCK)]
+        return torch.ops.bitsandbytes.dequantize_blockwise(nested[first:last], scales, nested_code, NESTED_BLOCK, torch.float32).add_(offset)
+
+    def row_step(self, shape: Shape) -> int:
+        """Rows that end together with a block of scales (of 16 384 weights with double quantization)."""
+        if self.is_packed(shape):
+            return PACKED_ROWS
+        block = BLOCK * NESTED_BLOCK if self.double_quantization else BLOCK
+        return min(block // math.gcd(block, shape[1]), shape[0])
+
+    def decode_bytes(self, shape: Shape, rows: int, dtype: torch.dtype) -> int:
+        """Dense rows, their scales in float32, and when packed the codes in standard order."""
+        weights = rows * shape[1]
+        dense = weights * dtype.itemsize + (4 * weights if dtype.itemsize > 4 else 0)
+        if self.is_packed(shape):
+            return dense + weights // 2 + weights // 16
+        return dense + (-(-weights // BLOCK) * 4 if self.double_quantization else 0)
+
+    def kernel(self, device: str, dtype: torch.dtype, tokens: int, shape: Shape) -> str:
+        """Packed: `gemv_4bit` on a CPU that has it. Standard: `gemm_4bit` on CUDA. Each for few tokens only."""
+        if self.is_packed(shape):
+            return "gemv_4bit" if device == "cpu" and 0 < tokens <= PACKED_TOKENS and has_packed_kernel() else SLICED
+        fused = device == "cuda" and torch.version.hip is None and shape[1] % BLOCK == 0 and 0 < tokens <= FUSED_TOKENS
+        return "gemm_4bit" if fused and dtype.itemsize <= 4 else SLICED
+
+    def kernel_product(self, x: Tensor, tensors: Sequence[Tensor], shape: Shape) -> Tensor:
+        """A fused kernel. The one for packed weights computes in bfloat16, whatever the dtype of `x`."""
+        codes = tensors[0].view(torch.uint8)
+        if self.is_packed(shape):
+            half = x.to(torch.bfloat16).contiguous()
+            which = x.new_zeros(2, dtype=torch.float32)  # the kernel reads from the table's second entry only: NF4 or FP4?
+            return torch.ops.bitsandbytes.gemv_4bit(half, codes, shape, tensors[1], which, BLOCK).to(x.dtype)
+        if not self.double_quantization:
+            return torch.ops.bitsandbytes.gemm_4bit(x, codes, shape, tensors[1], BLOCK, "nf4")
+        _, nested, nested_absmax, nested_code, offset = tensors
+        nesting = {"absmax_8bit": nested, "absmax_code": nested_code, "absmax_offset": offset.view(())}
+        return torch.ops.bitsandbytes.gemm_4bit(x, codes, shape, nested_absmax, BLOCK, "nf4", **nesting)
+
+    def kernel_bytes(self, device: str, dtype: torch.dtype, tokens: int, shape: Shape) -> int:
+        """Packed: input and result in bfloat16 where `x` is not."""
+        return 0 if dtype == torch.bfloat16 or not self.is_packed(shape) else 2 * tokens * (shape[0] + shape[1])
+
+
+@cache
+def has_packed_kernel() -> bool:
+    """Whether this CPU (AVX512-BF16) and this build of bitsandbytes have the fused kernel for packed weights."""
+    return bool(bitsandbytes.has_avx512bf16())
+
+
+@cache
+def _dynamic_code() -> tuple[float, ...]:
+    """The 256 values of an 8-bit scale: bitsandbytes' dynamic map."""
+    with torch.device("cpu"):
+        return tuple(bitsandbytes.create_dynamic_map().tolist())
+
+
+def _encode_standard(dense: Tensor) -> tuple[Tensor, Tensor]:
+    """Codes, two a byte in row order, and absmax of each block in float32."""
+    step = BLOCK // math.gcd(BLOCK, dense.shape[1])
+    codes, absmax = [], []
+    for start, stop in row_slices(dense.shape[0], 4 * dense.shape[1], step, _ENCODE_BYTES):
+        rows = dense[start:stop].contiguous()
+        rows = rows if rows.dtype.itemsize <= 4 else rows.float()
+        slice_codes, slice_absmax = torch.ops.bitsandbytes.quantize_4bit(rows, BLOCK, "nf4", torch.uint8)
+        codes.append(slice_codes.flatten())
+        absmax.append(slice_absmax)
+    return torch.cat(codes), torch.cat(absmax)
+
+
+def _pack(codes: Tensor, shape: Shape) -> Tensor:
+    """Standard order to that of the fused kernel.
+
+    Per 32 rows and pair of columns it wants 32 bytes: byte `2 i + parity` holds row `i` low and row `16 + i` high.
+    """
+    pairs = codes.view(-1, 2, PACKED_ROWS // 2, shape[1] // 2)  # (groups, low or high, 16, columns / 2), byte = even << 4 | odd
+    low, high = pairs[:, 0], pairs[:, 1]
+    even = (low >> 4) | (high & 0xF0)
+    odd = (low & 0x0F) | (high << 4)
+    packed = torch.stack((even, odd), dim=-1)  # (groups, 16, columns / 2, 2)
+    return packed.transpose(1, 2).reshape(shape[0], shape[1] // 2).view(torch.int8)
+
+
+def _unpack(packed: Tensor, columns: int) -> Tensor:
+    """The inverse of `_pack`, for any multiple of 32 rows.  # (rows, columns / 2) int8 → flat uint8"""
+    half = columns // 2
+    pairs = packed.view(torch.uint8).reshape(-1, half, PACKED_ROWS // 2, 2)  # (groups, columns / 2, 16, parity)
+    codes = torch.empty(pairs.shape[0], 2, PACKED_ROWS // 2, half, dtype=torch.uint8, device=packed.device)
+    even, odd = pairs[..., 0].transpose(1, 2), pairs[..., 1].transpose(1, 2)  # (groups, 16, columns / 2)
+    torch.bitwise_left_shift(even, 4, out=codes[:, 0]).bitwise_or_(odd & 0x0F)
+    torch.bitwise_right_shift(odd, 4, out=codes[:, 1]).bitwise_or_(even & 0xF0)
+    return codes.view(-1)
+
+
+class NF4Linear(QuantizedLinear):
+    """A linear layer whose weight rests in `NF4Codec`: 4.127 bits per weight, or 4.25 packed."""
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = True,
+        transposed: bool = False,
+        dtype: torch.dtype = torch.float32,
+        layout: Layout = "standard",
+        double_quantization: bool = True,
+    ) -> None:
+        codec = NF4Codec(layout, double_quantization)
+        super().__init__(in_features, out_features, codec, bias=bias, transposed=transposed, dtype=dtype)

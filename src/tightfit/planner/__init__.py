@@ -1,0 +1,1 @@
+"""Planner: of all ways that stay inside the budget, the fastest."""

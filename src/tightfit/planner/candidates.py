@@ -1,0 +1,69 @@
+"""Candidates: the sets of techniques worth rehearsing for a workload, by what they promise and not by their names."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from tightfit.contracts import QUALITIES, Quality, Stage, Transform
+from tightfit.terms.workload import Workload
+
+Settings = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """Techniques by name with their settings, and the quality that they keep together."""
+
+    settings: Mapping[str, Settings]
+    techniques: tuple[Transform, ...]
+    quality: Quality
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The techniques' names; empty for the model as it is stored."""
+        return tuple(self.settings)
+
+    def recomputes(self) -> bool:
+        """Whether blocks are recomputed in the backward pass, without which they cannot stream while tuning."""
+        return any(technique.stage == Stage.RECOMPUTE for technique in self.techniques)
+
+
+def candidates(workload: Workload, available: Mapping[str, type[Any]], asked: Mapping[str, Settings]) -> list[Candidate]:
+    """All candidates, best quality first.
+
+    `asked` techniques are in every one. A quantization is added only where none was asked for, and only for work without
+    gradients, since a quantized weight is frozen; recomputation is added as an alternative for tuning.
+    """
+    quantizations: list[dict[str, Settings]] = [{}]
+    if workload.task != "tune" and not _has_stage(asked, available, Stage.QUANTIZE):
+        quantizations += [{name: {}} for name, kind in available.items() if kind.stage == Stage.QUANTIZE]
+    recomputations: list[dict[str, Settings]] = [{}]
+    if workload.task == "tune" and not _has_stage(asked, available, Stage.RECOMPUTE):
+        recomputations += [{name: {}} for name, kind in available.items() if kind.stage == Stage.RECOMPUTE]
+    found = [
+        _candidate({**asked, **quantization, **recomputation}, available)
+        for quantization in quantizations
+        for recomputation in recomputations
+    ]
+    return sorted(found, key=lambda candidate: QUALITIES.index(candidate.quality))
+
+
+def allowed(candidate: Candidate, wished: Quality, asked: Mapping[str, Settings]) -> bool:
+    """Whether `candidate` keeps the wished quality; what the user asked for by name is always allowed."""
+    chosen_by_name = set(candidate.settings) == set(asked) and bool(asked)
+    return chosen_by_name or QUALITIES.index(candidate.quality) <= QUALITIES.index(wished) or _only_asked_lowers(candidate, asked)
+
+
+def _only_asked_lowers(candidate: Candidate, asked: Mapping[str, Settings]) -> bool:
+    added = [technique for name, technique in zip(candidate.settings, candidate.techniques, strict=True) if name not in asked]
+    return bool(asked) and all(technique.quality == "exact" for technique in added)
+
+
+def _candidate(settings: Mapping[str, Settings], available: Mapping[str, type[Any]]) -> Candidate:
+    techniques = tuple(available[name](**values) for name, values in settings.items())
+    quality = max((technique.quality for technique in techniques), key=QUALITIES.index, default="exact")
+    return Candidate(settings, techniques, quality)
+
+
+def _has_stage(asked: Mapping[str, Settings], available: Mapping[str, type[Any]], stage: Stage) -> bool:
+    return any(available[name].stage == stage for name in asked)

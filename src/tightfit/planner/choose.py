@@ -1,0 +1,147 @@
+"""Choose: rehearse every candidate, settle its blocks inside the budget, and take the fastest that fits.
+
+It knows techniques only as values that it is given, and machines only as rates.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+from tightfit.planner.candidates import Candidate, allowed, candidates
+from tightfit.planner.explain import reasons, refusal
+from tightfit.planner.outcome import Outcome, Request
+from tightfit.planner.pace import pace
+from tightfit.planner.residency import Residency, settle
+from tightfit.planner.weigh import Weights, weigh
+from tightfit.rehearse.rehearsal import rehearse
+from tightfit.terms.errors import TightfitError
+from tightfit.terms.footprint import Footprint, total
+from tightfit.terms.machine import Machine
+from tightfit.terms.plan import Plan, TurnedDown
+from tightfit.terms.units import show_bytes
+
+SLOTS = 2
+"""One block computes while the next is read; a third slot only evens out a jittery disk, at the price of a resident block."""
+SLOT_SLACK = 16 * 1024
+"""Bytes that a slot is larger than its block, so that reads may begin and end on disk pages."""
+
+
+def choose(request: Request, machine: Machine, available: Mapping[str, type[Any]]) -> Plan:
+    """The fastest plan within the budget and the wished quality.
+
+    Raises `DoesNotFit` before any weight is read, with what is missing by kind and what would help.
+    """
+    asked = request.asked
+    outcomes: list[Outcome] = []
+    failures: list[TurnedDown] = []
+    for candidate in candidates(request.workload, available, asked):
+        try:
+            outcomes.append(_try(request, candidate, machine, available))
+        except TightfitError as error:
+            if set(candidate.settings) == set(asked):
+                raise
+            failures.append(TurnedDown(candidate.names, str(error)))
+    fitting = [outcome for outcome in outcomes if outcome.residency is not None]
+    choice = [outcome for outcome in fitting if allowed(outcome.candidate, request.quality, asked)]
+    if not choice:
+        raise refusal(request, outcomes)
+    best = min(choice, key=lambda outcome: outcome.pace.whole)
+    others = [_turned_down(outcome, best, request) for outcome in outcomes if outcome is not best]
+    return _plan(request, best, machine, (*others, *failures))
+
+
+def _try(request: Request, candidate: Candidate, machine: Machine, available: Mapping[str, type[Any]]) -> Outcome:
+    skeleton, budget, fast = request.skeleton, request.budget, request.budget.compute_tier
+    footprint = rehearse(skeleton.meta_model, request.workload, candidate.techniques)
+    weights = weigh(skeleton.meta_model, candidate.techniques)
+    beside = max(total(parts) - parts.get("weights", 0) for parts in footprint.phases.values())
+    beside = max(beside, weights.load_scratch)
+    libraries = weights.libraries
+    streams = request.workload.task != "tune" or (candidate.recomputes() and weights.frozen_blocks)
+    room = {
+        "gpu": _room(machine, "gpu", budget.gpu, libraries) - weights.outside - beside,
+        "ram": _room(machine, "ram", budget.ram, libraries) - (0 if fast == "gpu" else weights.outside + beside),
+        "disk": budget.disk if weights.changed or request.random_weights else 1 << 62,  # else blocks are read from where they are
+    }
+    residency = settle(weights.blocks, fast, room, SLOTS, SLOT_SLACK)
+    if residency is not None and residency.streamed and not streams:
+        residency = None
+    lowest = residency or _least(weights, fast, streams)
+    predicted = _predicted(request, footprint, weights, lowest, machine)
+    return Outcome(candidate, footprint, weights, residency, predicted, pace(footprint, weights, lowest, request.workload, budget, machine))
+
+
+def _room(machine: Machine, tier: str, cap: int, libraries: frozenset[str]) -> int:
+    """Bytes that tensors may hold on `tier`, so that they and the overhead stay under `cap`."""
+    fixed = machine.overhead(tier, 0, libraries)
+    return int((cap - fixed) / (1 + machine.allocator_slack))
+
+
+def _least(weights: Weights, fast: str, streams: bool) -> Residency:
+    """The residency that needs the fewest bytes of the fast tier, whether it fits or not."""
+    if not streams or len(weights.blocks) <= SLOTS:
+        return Residency((fast,) * len(weights.blocks), (), 0, 0, sum(weights.blocks))
+    slot = max(weights.blocks) + SLOT_SLACK
+    return Residency(("disk",) * len(weights.blocks), tuple(range(len(weights.blocks))), SLOTS, slot, SLOTS * slot)
+
+
+def _predicted(
+    request: Request, footprint: Footprint, weights: Weights, residency: Residency, machine: Machine
+) -> dict[str, dict[str, int]]:
+    """Bytes by tier and kind at the peak."""
+    fast = request.budget.compute_tier
+    resting = weights.outside + residency.fast_bytes
+    peak = max(footprint.phases.values(), key=lambda parts: total(parts) - parts.get("weights", 0))
+    compute = {kind: size for kind, size in peak.items() if kind != "weights" and size} | {"weights": resting}
+    load = {"weights": resting, "workspace": weights.load_scratch}
+    compute = max(compute, load, key=total)
+    predicted = {fast: {**compute, "overhead": machine.overhead(fast, total(compute), weights.libraries)}}
+    if fast == "gpu":
+        pinned = sum(size for size, home in zip(weights.blocks, residency.homes, strict=True) if home == "ram")
+        staging = residency.slots * residency.slot_bytes if "disk" in residency.homes else 0
+        held = pinned + max(staging, weights.load_scratch)
+        predicted["ram"] = {"weights": pinned + staging, "overhead": machine.overhead("ram", held, weights.libraries)}
+    spilled = sum(size for size, home in zip(weights.blocks, residency.homes, strict=True) if home == "disk")
+    if spilled and (weights.changed or request.random_weights):
+        predicted["disk"] = {"weights": spilled}
+    return predicted
+
+
+def _turned_down(outcome: Outcome, best: Outcome, request: Request) -> TurnedDown:
+    names = outcome.candidate.names
+    if outcome.residency is None:
+        fast = request.budget.compute_tier
+        return TurnedDown(names, f"needs {show_bytes(total(outcome.predicted[fast]))} on {fast}")
+    ratio = best.pace.whole / outcome.pace.whole
+    if not allowed(outcome.candidate, request.quality, request.asked):
+        return TurnedDown(names, f"would be {ratio:.1f}x as fast, but keeps only `{outcome.candidate.quality}` quality")
+    return TurnedDown(names, f"slower: {1 / ratio:.1f}x the time")
+
+
+def _plan(request: Request, best: Outcome, machine: Machine, turned_down: tuple[TurnedDown, ...]) -> Plan:
+    residency = best.residency
+    assert residency is not None
+    settings = dict(best.candidate.settings)
+    if residency.streamed:
+        settings["offload"] = {"streamed": residency.streamed, "slots": residency.slots}
+    resting = best.weights.outside + residency.fast_bytes
+    phases = {
+        name: {**{kind: size for kind, size in parts.items() if size}, "weights": resting} for name, parts in best.footprint.phases.items()
+    }
+    phases = {"load": {"weights": resting, "workspace": best.weights.load_scratch}} | phases
+    notes = () if machine.probed else ("rates and overhead are guesses for an unknown machine; `tightfit probe` measures them",)
+    return Plan(
+        model=request.skeleton.name,
+        workload=request.workload,
+        budget=request.budget,
+        quality=best.candidate.quality,
+        techniques=settings,
+        residency=residency.homes,
+        predicted=best.predicted,
+        phases=phases,
+        seconds=best.pace.seconds,
+        streamed_bytes=sum(best.weights.blocks[position] for position in residency.streamed),
+        random_weights=request.random_weights,
+        reasons=reasons(request, best),
+        turned_down=turned_down,
+        notes=notes,
+    )

@@ -1,0 +1,38 @@
+"""Outcome: what the planner is asked, and one candidate after it was tried."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from tightfit.contracts import Quality
+from tightfit.describe.skeleton import Skeleton
+from tightfit.planner.candidates import Candidate, Settings
+from tightfit.planner.pace import Pace
+from tightfit.planner.residency import Residency
+from tightfit.planner.weigh import Weights
+from tightfit.terms.budget import Budget
+from tightfit.terms.footprint import Footprint
+from tightfit.terms.workload import Workload
+
+
+@dataclass(frozen=True)
+class Request:
+    """What the planner is asked."""
+
+    skeleton: Skeleton
+    workload: Workload
+    budget: Budget
+    quality: Quality = "exact"
+    asked: Mapping[str, Settings] = field(default_factory=dict)
+    random_weights: bool = False
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """One candidate, tried: what it needs at least, and how it would run if it fits (`residency` is None if it does not)."""
+
+    candidate: Candidate
+    footprint: Footprint
+    weights: Weights
+    residency: Residency | None
+    predicted: Mapping[str, Mapping[str, int]]
+    pace: Pace

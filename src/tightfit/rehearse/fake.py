@@ -1,0 +1,89 @@
+"""Fake: a meta model's tensors become fake CPU tensors, and a workload becomes fake inputs. Nothing is allocated.
+
+A CPU-only torch cannot make fake CUDA tensors, so the compute tier is always rehearsed on CPU-typed ones.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tightfit.terms.errors import TightfitError
+from tightfit.terms.workload import Workload
+
+
+def materialize(model: nn.Module, make: Callable[[Tensor], Tensor]) -> None:
+    """Replace each parameter and buffer of `model` by `make(tensor)`; tied tensors stay tied, and gradients flags are kept."""
+    made: dict[int, Any] = {}
+    for module in model.modules():
+        for name, parameter in module._parameters.items():
+            if parameter is not None:
+                if id(parameter) not in made:
+                    made[id(parameter)] = nn.Parameter(make(parameter), requires_grad=parameter.requires_grad)
+                module._parameters[name] = made[id(parameter)]
+        for name, buffer in module._buffers.items():
+            if buffer is not None:
+                if id(buffer) not in made:
+                    made[id(buffer)] = make(buffer) if buffer.device.type == "meta" else buffer
+                module._buffers[name] = made[id(buffer)]
+
+
+def empty_like_on_cpu(tensor: Tensor) -> Tensor:
+    """An empty CPU tensor of the same shape and dtype; fake inside `FakeTensorMode`."""
+    return torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu")
+
+
+def inputs_for(model: nn.Module, workload: Workload, make: Callable[..., Tensor] | None = None) -> dict[str, Tensor]:
+    """The batch that `workload` feeds to `model`: token ids or pixels, and labels when tuning.
+
+    `make(shape, high)` gives whole numbers below `high`; by default zeros. For images the config sets the size.
+    """
+    ids = make or (lambda shape, high: torch.zeros(shape, dtype=torch.long))
+    config, batch = model.config, workload.batch
+    tuning = workload.task == "tune"
+    if hasattr(config, "image_size"):
+        size = config.image_size
+        pixels = ids((batch, config.num_channels, size, size), 256).to(_floating(model)) / 128 - 1
+        return {"pixel_values": pixels} | ({"labels": ids((batch,), config.num_labels)} if tuning else {})
+    text = config.get_text_config()
+    check_length(text, workload.context)
+    tokens = ids((batch, workload.tokens), text.vocab_size)
+    if not tuning:
+        return {"input_ids": tokens} | ({"decoder_input_ids": tokens} if config.is_encoder_decoder and workload.task == "embed" else {})
+    return {"input_ids": tokens} | ({"labels": tokens} if _has_head(model) else {})
+
+
+@contextmanager
+def one_sequence_per_row() -> Iterator[None]:
+    """Let transformers know what it would read from real position ids: no row packs several sequences.
+
+    On fake tensors it cannot look, so it would build a mask of tokens × tokens that no real run has.
+    """
+    from transformers import masking_utils
+
+    look = masking_utils.find_packed_sequence_indices
+    masking_utils.find_packed_sequence_indices = lambda position_ids: None
+    try:
+        yield
+    finally:
+        masking_utils.find_packed_sequence_indices = look
+
+
+def check_length(config: Any, context: int) -> None:
+    """Refuse a context that is longer than the model's positions."""
+    positions = getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None)
+    if positions and context > positions and getattr(config, "rope_parameters", None) is None:
+        raise TightfitError(
+            f"{context} tokens are more than the model's {positions} positions",
+            hint=f"ask for at most {positions} tokens, prompt and new ones together",
+        )
+
+
+def _has_head(model: nn.Module) -> bool:
+    return model.get_output_embeddings() is not None
+
+
+def _floating(model: nn.Module) -> torch.dtype:
+    return next(parameter.dtype for parameter in model.parameters() if parameter.dtype.is_floating_point)

@@ -1,0 +1,1 @@
+"""Runtime: carry out a plan: build the model block by block, run it, and report."""

@@ -1,0 +1,156 @@
+"""Probe: measure this machine once: products, memory, disk and link rates, and the bytes that no tensor shows."""
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from tightfit.describe.blocks import blocks_of
+from tightfit.describe.source import describe
+from tightfit.runtime.build import build
+from tightfit.runtime.direct import DirectFiles, Readers, aligned_empty
+from tightfit.runtime.generate import generate
+from tightfit.runtime.process import keep_heap_tight, keep_quiet
+from tightfit.runtime.stream import Stream
+from tightfit.runtime.tokens import encode
+from tightfit.terms.budget import spill_folder
+from tightfit.terms.errors import TightfitError
+from tightfit.terms.machine import Machine
+from tightfit.terms.plan import Plan
+from tightfit.terms.units import MIB
+from tightfit.terms.workload import Workload
+
+Say = Callable[[str], None]
+"""Told what is measured next."""
+
+_DISK_FILE_BYTES = 512 * MIB
+
+
+def probe(say: Say = lambda line: None) -> Machine:
+    """Measure and keep the result in the machine file. Takes about a minute; close other heavy programs first."""
+    say("products (bfloat16)")
+    machine = Machine(probed=True, device="cuda" if torch.cuda.is_available() else "cpu", flops=_flops("cpu"), version=torch.__version__)
+    say("memory bandwidth")
+    machine = replace(machine, memory_bandwidth=_bandwidth("cpu"), operation_seconds=_operation_seconds())
+    say("disk, direct reads")
+    machine = replace(machine, disk_bandwidth=disk_bandwidth(spill_folder()))
+    if torch.cuda.is_available():
+        say("gpu and its link")
+        machine = replace(
+            machine, gpu_flops=_flops("cuda"), gpu_bandwidth=_bandwidth("cuda"), link_bandwidth=_link(), overhead_gpu=_gpu_overhead()
+        )
+    say("the process's own memory")
+    machine = replace(machine, overhead_ram=_overhead([]), overhead_bitsandbytes=0)
+    with_bitsandbytes = _overhead(["nf4"])
+    machine = replace(machine, overhead_bitsandbytes=max(0, with_bitsandbytes - machine.overhead_ram))
+    machine.save()
+    return machine
+
+
+def _best(work: Callable[[], object], device: str, rounds: int = 5) -> float:
+    """Seconds of the fastest of some rounds: other programs only ever make it slower."""
+    times = []
+    for _ in range(rounds + 1):
+        began = time.perf_counter()
+        work()
+        if device == "cuda":
+            torch.cuda.synchronize()
+        times.append(time.perf_counter() - began)
+    return min(times[1:])
+
+
+def _flops(device: str) -> float:
+    """Products and sums per second of a dense bfloat16 product, the shape of a prompt through one linear layer."""
+    rows, width = (512, 2048) if device == "cpu" else (4096, 8192)
+    left = torch.randn(rows, width, dtype=torch.bfloat16, device=device)
+    right = torch.randn(width, width, dtype=torch.bfloat16, device=device)
+    return 2 * rows * width * width / _best(lambda: torch.nn.functional.linear(left, right), device)
+
+
+def _bandwidth(device: str) -> float:
+    """Bytes of weights per second of a product with a single token, which is what decoding does."""
+    width = 4096 if device == "cpu" else 16384
+    token = torch.randn(1, width, dtype=torch.bfloat16, device=device)
+    weights = [torch.randn(width, width, dtype=torch.bfloat16, device=device) for _ in range(4)]
+    return 4 * width * width * 2 / _best(lambda: [torch.nn.functional.linear(token, weight) for weight in weights], device)
+
+
+def _operation_seconds() -> float:
+    small = torch.zeros(8)
+    return _best(lambda: [small + 1 for _ in range(1000)], "cpu") / 1000
+
+
+def disk_bandwidth(folder: Path, size: int = _DISK_FILE_BYTES) -> float:
+    """Bytes per second of cold direct reads of a fresh file in `folder`, in the pieces and threads that streaming uses."""
+    with tempfile.NamedTemporaryFile(dir=folder, prefix="tightfit-", suffix=".probe") as file:
+        block = os.urandom(MIB) * 8
+        for _ in range(size // len(block)):
+            file.write(block)
+        file.flush()
+        os.fsync(file.fileno())
+        return read_bandwidth(Path(file.name))
+
+
+def read_bandwidth(file: Path, limit: int = 1 << 62) -> float:
+    """Bytes per second of cold direct reads of `file` from its start, up to `limit` bytes."""
+    files, readers, size = DirectFiles(), Readers(Stream.READERS), min(file.stat().st_size, limit)
+    buffers = [aligned_empty(Stream.PIECE_BYTES) for _ in range(Stream.READERS)]
+    views = [memoryview(buffer.numpy()) for buffer in buffers]
+
+    def read_every(first: int) -> int:
+        starts = range(first * Stream.PIECE_BYTES, size, Stream.READERS * Stream.PIECE_BYTES)
+        return sum(files.read(str(file), start, views[first], 0) for start in starts)
+
+    began = time.perf_counter()
+    try:
+        done = sum(future.result() for future in [readers.ask(read_every, number) for number in range(Stream.READERS)])
+        return done / (time.perf_counter() - began)
+    finally:
+        readers.close()
+        files.close()
+
+
+def _link() -> float:
+    pinned = torch.empty(256 * MIB, dtype=torch.uint8, pin_memory=True)
+    target = torch.empty_like(pinned, device="cuda")
+    return pinned.numel() / _best(lambda: target.copy_(pinned, non_blocking=True), "cuda")
+
+
+def _gpu_overhead() -> int:
+    """What the card holds beside torch's own reservation, now that products ran on it."""
+    free, whole = torch.cuda.mem_get_info()
+    return max(0, whole - free - torch.cuda.memory_reserved())
+
+
+def _overhead(techniques: list[str]) -> int:
+    """The peak of a fresh process that writes a few tokens, less the tensors it holds."""
+    command = [sys.executable, "-m", "tightfit.runtime.probe", *techniques]
+    answer = subprocess.run(command, capture_output=True, text=True, check=False)
+    if answer.returncode:
+        last = (answer.stderr.strip().splitlines() or ["no message"])[-1]
+        raise TightfitError(f"the probe's trial run failed: {last}")
+    return int(json.loads(answer.stdout.splitlines()[-1])["overhead"])
+
+
+def _trial(techniques: list[str]) -> None:
+    """Run the demo model as `tightfit run` does, and print what the process held beyond its tensors."""
+    keep_quiet()
+    keep_heap_tight()
+    skeleton = describe("tightfit-demo")
+    blocks = len(blocks_of(skeleton.meta_model()))
+    plan = Plan.all_resident(skeleton.name, Workload(tokens=64, new_tokens=32), blocks, {name: {} for name in techniques})
+    with build(plan, skeleton) as built:
+        prompt = encode(skeleton, "The sea was calm that morning, and nobody on the shore could have said why.")
+        report = generate(built, prompt)
+    print(json.dumps({"overhead": max(report.process.values()) - report.measured_bytes}))
+
+
+if __name__ == "__main__":
+    _trial(sys.argv[1:])

@@ -1,0 +1,110 @@
+"""Show: plans and reports as a person reads them: a memory map, few words, one line each."""
+
+from collections.abc import Iterable, Mapping
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from tightfit.terms.footprint import KINDS, total
+from tightfit.terms.plan import Plan
+from tightfit.terms.report import Report
+from tightfit.terms.units import show_bytes, show_seconds
+
+_COLORS = {
+    "weights": "blue",
+    "gradients": "magenta",
+    "optimizer": "red",
+    "activations": "green",
+    "kv_cache": "cyan",
+    "workspace": "yellow",
+    "overhead": "bright_black",
+}
+_WIDTH = 56
+
+
+def show_plan(plan: Plan, console: Console) -> None:
+    """The plan: what is done, where blocks rest, a map of each tier, the pace, and why."""
+    work = plan.workload
+    doing = {
+        "generate": f"read {work.tokens} tokens, write {work.new_tokens}",
+        "tune": f"one step over {work.batch} × {work.tokens} tokens, {work.optimizer}",
+        "embed": f"one pass over {work.batch} × {work.tokens} tokens",
+    }[work.task]
+    console.print(f"[bold]{plan.model}[/]: {doing}")
+    names = [name for name in plan.techniques] or ["as it is stored"]
+    console.print(f"  techniques  {', '.join(names)} (quality {plan.quality})")
+    console.print(Text("  blocks      ") + _block_map(plan))
+    for tier, parts in plan.predicted.items():
+        console.print(Text(f"  {tier:<11} ") + _bar(parts, plan.budget.bytes_of(tier)))
+        console.print(f"              {show_bytes(total(parts))} of {show_bytes(plan.budget.bytes_of(tier))}: {_kinds(parts)}")
+    console.print(f"  pace        {_pace(plan)}")
+    for reason in plan.reasons:
+        console.print(f"  because     {reason}")
+    for other in plan.turned_down:
+        console.print(f"  [bright_black]not taken   {' + '.join(other.techniques) or 'as stored'}: {other.reason}[/]")
+    for note in plan.notes:
+        console.print(f"  [yellow]note        {note}[/]")
+
+
+def show_report(report: Report, console: Console) -> None:
+    """The report: measured against planned kind by kind, the process by the kernel's count, and the pace."""
+    plan = report.plan
+    predicted = {kind: size for kind, size in plan.predicted[plan.compute_tier].items() if kind != "overhead"}
+    table = Table(box=None, pad_edge=False, show_header=True, header_style="bold")
+    for name in ("", "planned", "measured", "off"):
+        table.add_column(name, justify="left" if not name else "right")
+    for kind in KINDS:
+        if predicted.get(kind) or report.measured.get(kind):
+            table.add_row(*_against(kind, predicted.get(kind, 0), report.measured.get(kind, 0)))
+    table.add_row(*_against("all tensors", total(predicted), report.measured_bytes), style="bold")
+    run_peak, budget = report.process["run_peak"], plan.budget.ram
+    table.add_row("process", show_bytes(plan.predicted_bytes("ram")), show_bytes(run_peak), f"budget {show_bytes(budget)}")
+    console.print(table)
+    seconds = report.seconds
+    console.print(
+        f"loaded in {show_seconds(seconds['load'])} (peak {show_bytes(report.process['load_peak'])}), first token after "
+        f"{show_seconds(seconds['first_token'])}, then {show_seconds(seconds['per_token'])} a token"
+        + (f"; {show_bytes(report.moved_bytes)} streamed" if report.moved_bytes else "")
+    )
+    for warning in report.warnings:
+        console.print(f"[yellow]warning: {warning}[/]")
+    if not report.warnings:
+        console.print(f"[green]kept its word: inside the budget, {report.deviation:+.1%} off the plan[/]")
+
+
+def _against(name: str, planned: int, measured: int) -> tuple[str, str, str, str]:
+    off = f"{measured / planned - 1:+.1%}" if planned else "-"
+    return name, show_bytes(planned), show_bytes(measured), off
+
+
+def _block_map(plan: Plan) -> Text:
+    """One sign a block: full where it stays, light where it streams; long models are sampled to the width."""
+    signs = {"gpu": ("█", "blue"), "ram": ("█" if plan.compute_tier == "ram" else "▒", "cyan"), "disk": ("░", "yellow")}
+    homes = plan.residency
+    shown = homes if len(homes) <= _WIDTH else [homes[place * len(homes) // _WIDTH] for place in range(_WIDTH)]
+    text = Text()
+    for home in shown:
+        text.append(*signs[home])
+    counts = ", ".join(f"{count} on {tier}" for tier, count in plan.resting().items())
+    return text.append(f"  {counts}")
+
+
+def _bar(parts: Mapping[str, int], budget: int) -> Text:
+    """The tier's budget as a bar, each kind in its colour, what is left as dots."""
+    text, used, drawn = Text(), 0, 0
+    for kind in KINDS:
+        used += parts.get(kind, 0)
+        upto = min(_WIDTH, round(_WIDTH * used / budget))
+        text.append("■" * (upto - drawn), style=_COLORS[kind])
+        drawn = max(drawn, upto)
+    return text.append("·" * (_WIDTH - drawn), style="bright_black")
+
+
+def _kinds(parts: Mapping[str, int]) -> str:
+    return "  ".join(f"[{_COLORS[kind]}]{kind}[/] {show_bytes(parts[kind])}" for kind in KINDS if parts.get(kind))
+
+
+def _pace(plan: Plan) -> str:
+    names: Iterable[tuple[str, str]] = (("load", "to load"), ("prefill", "for the prompt"), ("token", "a token"), ("step", "a step"))
+    return ", ".join(f"{show_seconds(plan.seconds[name])} {words}" for name, words in names if name in plan.seconds)

@@ -1,0 +1,83 @@
+"""Steps: what one unit of work does, said once. Rehearsed on fake tensors, measured on real ones, used by the runtime."""
+
+import inspect
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tightfit.terms.errors import TightfitError, near
+
+Mark = Any
+"""A function that is told the name of the phase that begins: `mark("optimizer")`. The meter listens; a real run may ignore it."""
+
+
+def silent(_phase: str) -> None:
+    """A mark that nobody listens to."""
+
+
+def new_cache(model: nn.Module) -> Any:
+    """An empty KV cache as `generate` makes it; encoder–decoder models get one for self- and one for cross-attention."""
+    from transformers import DynamicCache, EncoderDecoderCache
+
+    if model.config.is_encoder_decoder:
+        decoder = model.config.get_text_config(decoder=True)
+        return EncoderDecoderCache(DynamicCache(config=decoder), DynamicCache(config=decoder))
+    return DynamicCache(config=model.config.get_text_config(decoder=True))
+
+
+def greedy_pick(logits: Tensor) -> Tensor:
+    """The likeliest next token from the logits of the last position, in float32 as `generate` does.  # (batch, 1, vocab) → (batch, 1)"""
+    return logits[:, -1, :].to(copy=True, dtype=torch.float32).argmax(dim=-1, keepdim=True)
+
+
+def prefill(model: nn.Module, tokens: Tensor, cache: Any, **inputs: Any) -> Tensor:
+    """Read the whole prompt, fill `cache`, and pick the first new token.  # tokens: (batch, prompt) → (batch, 1)"""
+    name = "decoder_input_ids" if model.config.is_encoder_decoder else "input_ids"
+    output = model(**{name: tokens}, past_key_values=cache, use_cache=True, **last_logits_only(model), **inputs)
+    return greedy_pick(output.logits)
+
+
+def last_logits_only(model: nn.Module) -> dict[str, int]:
+    """`logits_to_keep=1` for models that can skip the head on all but the last position, as `generate` passes it."""
+    return {"logits_to_keep": 1} if _takes(model, "logits_to_keep") else {}
+
+
+def decode(model: nn.Module, token: Tensor, cache: Any, **inputs: Any) -> Tensor:
+    """Write one token against a cache that holds all before it.  # token: (batch, 1) → (batch, 1)"""
+    return prefill(model, token, cache, **inputs)
+
+
+def embed(model: nn.Module, batch: dict[str, Tensor]) -> Any:
+    """One forward pass without a cache."""
+    return model(**batch, **({"use_cache": False} if _takes(model, "use_cache") else {}))
+
+
+def make_optimizer(model: nn.Module, name: str = "adamw") -> torch.optim.Optimizer:
+    """The optimizer over the trainable parameters. `adamw` is torch's fused one, which needs no temporary copies."""
+    if name != "adamw":
+        raise TightfitError(f"no optimizer is called `{name}`", hint=near(name, ["adamw"]))
+    return torch.optim.AdamW([parameter for parameter in model.parameters() if parameter.requires_grad], lr=1e-4, fused=True)
+
+
+def train_step(model: nn.Module, batch: dict[str, Tensor], optimizer: torch.optim.Optimizer, mark: Mark = silent) -> Tensor:
+    """Forward, loss, backward, update, and the gradients are given up. Returns the detached loss."""
+    loss = loss_of(model, batch)
+    mark("backward: head")
+    loss.backward()
+    mark("optimizer")
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    return loss.detach()
+
+
+def loss_of(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+    """The model's own loss where it has a head; the mean square of its last hidden state where it has none (an encoder alone)."""
+    output = embed(model, batch)
+    if "loss" in output and output.loss is not None:
+        return output.loss
+    return output.last_hidden_state.float().square().mean()
+
+
+def _takes(model: nn.Module, argument: str) -> bool:
+    return argument in inspect.signature(type(model).forward).parameters

@@ -1,0 +1,1 @@
+"""Techniques: one change each. Every file here is a technique, without exception."""

@@ -1,0 +1,66 @@
+"""Machine: the rates and overheads of this computer, measured once by `tightfit probe` and kept in a small file."""
+
+import json
+import os
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+
+from tightfit.terms.errors import TightfitError
+from tightfit.terms.units import MIB
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What the planner must know of a computer. Rates are per second; the defaults are cautious guesses for an unprobed one."""
+
+    probed: bool = False
+    device: str = "cpu"
+    flops: float = 60e9  # dense bfloat16 products, all threads
+    memory_bandwidth: float = 10e9  # bytes that one pass over weights reads
+    gpu_flops: float = 60e12
+    gpu_bandwidth: float = 500e9
+    disk_bandwidth: float = 0.8e9  # direct reads of the spill folder's disk, cold
+    link_bandwidth: float = 10e9  # pinned RAM to GPU
+    operation_seconds: float = 8e-6  # Python and dispatch, each operation
+    overhead_ram: int = 460 * MIB  # interpreter, torch, transformers, tokenizer, scratch of kernels
+    overhead_gpu: int = 600 * MIB  # CUDA context and libraries
+    overhead_bitsandbytes: int = 60 * MIB  # its library, once a technique loads it
+    allocator_slack: float = 0.02  # share of the tensors' bytes lost to rounding and fragmentation
+    version: str = ""
+
+    @classmethod
+    def here(cls) -> "Machine":
+        """The probed machine from its file, or the cautious defaults where `tightfit probe` never ran."""
+        file = machine_file()
+        if not file.exists():
+            return cls()
+        try:
+            values = json.loads(file.read_text())
+            known = {item.name for item in fields(cls)}
+            return cls(**{name: value for name, value in values.items() if name in known})
+        except (ValueError, TypeError) as error:
+            raise TightfitError(f"`{file}` is damaged", hint="run `tightfit probe` again, or remove the file") from error
+
+    def save(self) -> Path:
+        """Write the file; atomically, so that a reader never sees half of it."""
+        file = machine_file()
+        file.parent.mkdir(parents=True, exist_ok=True)
+        partial = file.with_suffix(f".{os.getpid()}.partial")
+        partial.write_text(json.dumps(asdict(self), indent=1))
+        partial.replace(file)
+        return file
+
+    def overhead(self, tier: str, tensor_bytes: int, libraries: frozenset[str] = frozenset()) -> int:
+        """Bytes of `tier` that no tensor shows, for a run whose tensors hold `tensor_bytes` there."""
+        fixed = self.overhead_gpu if tier == "gpu" else self.overhead_ram
+        if tier == "ram" and "bitsandbytes" in libraries:
+            fixed += self.overhead_bitsandbytes
+        return fixed + int(self.allocator_slack * tensor_bytes)
+
+
+def machine_file() -> Path:
+    """Where the probe's result is kept: `TIGHTFIT_HOME`, else `~/.cache/tightfit`."""
+    home = os.environ.get("TIGHTFIT_HOME") or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "tightfit"
+    return Path(home) / "machine.json"
+
+

@@ -1,0 +1,73 @@
+"""Report: what a run took, held against its plan kind by kind."""
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from tightfit.terms.footprint import total
+from tightfit.terms.plan import Plan
+
+TOLERANCE = 0.05
+"""A measurement further than this from the plan is a warning, and a bug in tightfit."""
+
+
+@dataclass(frozen=True)
+class Report:
+    """What was measured.
+
+    - `measured`: the compute tier's bytes by kind at the peak of the passes that were metered (tensors, no overhead);
+    - `process`: the whole process by the kernel's count: `load_peak`, `run_peak`, `anonymous`, `file`, bytes;
+    - `gpu`: `allocated` and `reserved` peaks of torch's allocator, bytes; empty without a GPU;
+    - `seconds`: `load`, `first_token`, `per_token` (median), `whole`, and `waited` for weights that were not there yet;
+    - `moved_bytes`: what streaming moved; `tokens`: how many were written; `complete`: whether the whole planned workload ran.
+    """
+
+    plan: Plan
+    measured: Mapping[str, int]
+    process: Mapping[str, int]
+    seconds: Mapping[str, float]
+    gpu: Mapping[str, int] = field(default_factory=dict)
+    moved_bytes: int = 0
+    tokens: int = 0
+    complete: bool = True
+    text: str = ""
+
+    @property
+    def measured_bytes(self) -> int:
+        """Tensor bytes at the peak."""
+        return total(self.measured)
+
+    @property
+    def deviation(self) -> float:
+        """Measured over predicted tensor bytes, minus one: 0.02 is 2 % more than planned."""
+        return self.measured_bytes / self.plan.tensor_bytes() - 1
+
+    @property
+    def warnings(self) -> tuple[str, ...]:
+        """What did not go as promised; empty when the word was kept."""
+        found = []
+        if self.deviation > TOLERANCE or (self.complete and self.deviation < -TOLERANCE):
+            found.append(f"the peak was {self.deviation:+.1%} off the plan; please report this as a bug")
+        if self.process.get("run_peak", 0) > self.plan.budget.ram:
+            found.append("the process went over its RAM budget; run `tightfit probe`, then plan again")
+        if self.gpu.get("reserved", 0) > self.plan.budget.gpu > 0:
+            found.append("the GPU allocator reserved more than the budget")
+        return tuple(found)
+
+    def to_json(self) -> dict[str, Any]:
+        """One JSON object: the plan under `plan`, and beside it what was measured."""
+        values = {name: value for name, value in asdict(self).items() if name != "plan"}
+        return {
+            "plan": self.plan.to_json(),
+            **values,
+            "predicted_peak_bytes": self.plan.tensor_bytes(),
+            "measured_peak_bytes": self.measured_bytes,
+            "deviation": self.deviation,
+            "warnings": list(self.warnings),
+        }
+
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any]) -> "Report":
+        """The report of `to_json`."""
+        kept = {name: values[name] for name in cls.__dataclass_fields__ if name in values}
+        return cls(**{**kept, "plan": Plan.from_json(values["plan"])})

@@ -1,7 +1,7 @@
 """Decodes with transformers and accelerate's disk offload, and prints one JSON line with per-token times.
 
 python accelerate_run.py --model FOLDER --tokens N --threads T --ram-bytes B --offload-folder DIR
-                         [--prompt-tokens P] [--cpu-weights-bytes W] [--resident mapped|copied] [--bnb-4bit]
+                         [--prompt-tokens P] [--cpu-weights-bytes W] [--resident copied|mapped] [--bnb-4bit]
 
 FOLDER holds config.json and bf16 safetensors (make_model.py). device_map="auto" with max_memory={"cpu": W} fills the cpu with
 the first modules and leaves the rest on disk; the default W is B less what Python and the libraries hold, less the largest
@@ -9,8 +9,9 @@ tensor (torch makes a reordered copy of it for the multiplication), less a reser
 module beyond that. The script sets no limit: start it inside cgroup.py.
 
 transformers reads safetensors through mmap and copies neither the "cpu" weights nor the "disk" ones: both are page cache that
-the kernel may drop, so W does not bound the memory and the "cpu" weights are not held ("mapped", the library as it is).
-"copied" moves the "cpu" weights into ordinary memory after loading, which is what the device map promises.
+the kernel may drop, so W does not bound the memory and under a limit the "cpu" weights are read again for every token
+("mapped", the library as it is). "copied", the default, moves the "cpu" weights into ordinary memory after loading: what the
+device map promises, and faster under a limit.
 """
 
 import argparse
@@ -34,7 +35,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--offload-folder", type=Path, required=True)
     parser.add_argument("--prompt-tokens", type=int, default=8)
     parser.add_argument("--cpu-weights-bytes", type=int)
-    parser.add_argument("--resident", choices=["mapped", "copied"], default="mapped")
+    parser.add_argument("--resident", choices=["copied", "mapped"], default="copied")
     parser.add_argument("--bnb-4bit", action="store_true", help="nf4 weights; bitsandbytes allows no module on disk then")
     return parser.parse_args()
 
@@ -51,7 +52,7 @@ def load_model(args: argparse.Namespace, cpu_weights_bytes: int):
     model = LlamaForCausalLM.from_pretrained(args.model, offload_folder=str(args.offload_folder), **options)
     if args.resident == "copied":
         for parameter in model.parameters():
-            if parameter.device.type != "meta":
+            if parameter.device.type != "meta" and parameter.is_floating_point():  # quantized ones are copies already
                 parameter.data = parameter.data.clone()
     return model.eval()
 

@@ -376,24 +376,42 @@ def test_memory_is_slots_and_buffers(tmp_path, monkeypatch):
     assert ring.memory() == []
 
 
-def test_missing_and_truncated_files_are_told_when_the_block_is_wanted(tmp_path):
-    blocks = make_blocks(4)
+@pytest.mark.parametrize(
+    ("damage", "line"),
+    [(os.remove, "cannot be read: no such file"), (lambda path: os.truncate(path, 200_000), "ends at byte 200000; its weights go on to")],
+)
+def test_missing_and_truncated_files_are_told_when_the_block_is_wanted(tmp_path, damage, line):
+    blocks, same = make_blocks(4), make_blocks(4)
     images, _ = in_model_files(blocks, tmp_path)
-    spare, spare_images = make_blocks(4), None
-    (tmp_path / "sub").mkdir()
-    spare_images, _ = in_model_files(spare, tmp_path / "sub")
-    os.truncate(tmp_path / "model-1.safetensors", 200_000)
-    os.remove(tmp_path / "sub" / "model-1.safetensors")
-    for chosen, found, line in ((blocks, images, "ends at byte 200000"), (spare, spare_images, "cannot be read: no such file")):
-        with Stream(dict(enumerate(chosen)), found, 2, "cpu") as ring:
-            ring.acquire(0)  # block 1, foreseen and broken, does not disturb block 0
-            assert chosen[0].q.shape == (64, 64)
-            for _ in range(2):
-                with pytest.raises(TightfitError, match=line) as caught:
-                    ring.acquire(1 if line.startswith("cannot") else 3)
-                assert "model-1.safetensors" in str(caught.value)
+    damage(tmp_path / "model-1.safetensors")  # blocks 1 and 3
+    with Stream(dict(enumerate(blocks)), images, 2, "cpu") as ring:
+        ring.acquire(0)  # block 1, foreseen and broken, does not disturb block 0
+        assert all_equal([blocks[0].q, blocks[0].norm2], [same[0].q, same[0].norm2])
+        for position in (1, 1, 3):
+            with pytest.raises(TightfitError, match=line) as caught:
+                ring.acquire(position)
+            assert "model-1.safetensors" in str(caught.value)
+        ring.acquire(2)
+        assert all_equal([blocks[2].q, blocks[2].norm2], [same[2].q, same[2].norm2])
+
+
+def test_a_fault_that_passes_is_not_remembered(tmp_path, monkeypatch):
+    blocks, same, real, broken = make_blocks(3), make_blocks(3), os.preadv, threading.Event()
+
+    def reading(*what):
+        if broken.is_set():
+            raise OSError(5, "broken")
+        return real(*what)
+
+    with streamed(blocks, tmp_path) as (ring, _):
+        ring.acquire(0)
+        monkeypatch.setattr(direct.os, "preadv", reading)
+        broken.set()
+        with pytest.raises(TightfitError, match="input/output error"):
             ring.acquire(2)
-            assert torch.equal(chosen[2].q, make_blocks(4)[2].q)
+        broken.clear()
+        ring.acquire(2)
+        assert all_equal([blocks[2].q, blocks[2].norm2], [same[2].q, same[2].norm2])
 
 
 def test_direct_reads_refused_gives_the_same(tmp_path, monkeypatch, caplog):

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 
 from tightfit.terms.errors import TightfitError
 from tightfit.terms.units import MIB
@@ -99,6 +100,10 @@ class Codec(ABC):
         """`x @ dense.T`, by the fastest way there is.  # (tokens, columns) → (tokens, rows)"""
         if self.kernel(device_of(x), x.dtype, x.shape[0], shape) != SLICED:
             return self.kernel_product(x, tensors, shape)
+        return self.sliced_product(x, tensors, shape)
+
+    def sliced_product(self, x: Tensor, tensors: Sequence[Tensor], shape: Shape) -> Tensor:
+        """`x @ dense.T`, slice by slice.  # (tokens, columns) → (tokens, rows)"""
         slices = self.slices(shape, x.dtype, device_of(x))
         if len(slices) == 1:
             return torch.mm(x, self.decode(tensors, shape, 0, shape[0], x.dtype).t())
@@ -147,6 +152,11 @@ def check_finite(dense: Tensor) -> None:
         raise TightfitError("weight holds NaN", hint="the checkpoint may be damaged; fetch it again")
     if torch.isinf(low) or torch.isinf(high):
         raise TightfitError("weight holds infinite values", hint="the checkpoint may be damaged; fetch it again")
+
+
+def is_aligned(tensor: Tensor, alignment_bytes: int) -> bool:
+    """Whether `tensor` begins at a multiple of `alignment_bytes`. Fake tensors lie nowhere, and count as if torch had placed them."""
+    return isinstance(tensor, FakeTensor) or tensor.data_ptr() % alignment_bytes == 0
 
 
 def register_parts(module: nn.Module, name: str, parts: Sequence[Part], lead: tuple[int, ...] = ()) -> None:

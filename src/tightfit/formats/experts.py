@@ -7,6 +7,7 @@ one operator, since which expert gets how many tokens depends on data that a reh
 import re
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -25,6 +26,12 @@ _FLAGS = {"has_gate", "has_bias", "has_post_expert_norm", "is_transposed", "_is_
 
 _LIVE: "weakref.WeakValueDictionary[int, QuantizedExperts]" = weakref.WeakValueDictionary()
 """Modules by `id`: an operator's schema knows tensors and numbers only, so it is handed the number."""
+
+
+def number_of(module: "QuantizedExperts") -> int:
+    """The number by which operators know `module`, as long as it lives."""
+    _LIVE[id(module)] = module
+    return id(module)
 
 
 def module_of(number: int) -> "QuantizedExperts":
@@ -64,7 +71,7 @@ class QuantizedExperts(nn.Module):
         parts = self.codec.parts(shape)
         self.shapes[name] = shape
         self.stored_names[name] = part_names(name, parts)
-        self.dtype = parameter.dtype
+        self.num_experts, self.dtype = parameter.shape[0], parameter.dtype
         register_parts(self, name, parts, lead=(parameter.shape[0],))
 
     @property
@@ -83,8 +90,7 @@ class QuantizedExperts(nn.Module):
                 check_shape(name, dense, self.get_parameter(name).shape)
                 materialize(self, name, dense.device).copy_(dense)
                 return
-            if dense.ndim != 3 or dense.shape[0] != self.num_experts:
-                check_shape(name, dense, (self.num_experts, *self._checkpoint_shape(name)))
+            check_shape(name, dense, (self.num_experts, *self._checkpoint_shape(name)))
             for expert, matrix in enumerate(dense):
                 self.absorb_expert(name, expert, matrix)
 
@@ -131,8 +137,7 @@ class FrozenExperts(torch.autograd.Function):
     @staticmethod
     def forward(hidden: Tensor, index: Tensor, weights: Tensor, module: QuantizedExperts, *stored: Tensor) -> Tensor:
         """# (tokens, hidden) → (tokens, hidden)"""
-        _LIVE[id(module)] = module
-        return experts(hidden, index, weights, list(stored), id(module))
+        return experts(hidden, index, weights, list(stored), number_of(module))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -146,13 +151,13 @@ class FrozenExperts(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         """Gradients of the hidden states and of the routing weights."""
         hidden, index, weights, *stored = ctx.saved_tensors
-        grad_hidden, grad_weights = experts_backward(grad, hidden, index, weights, stored, id(ctx.module))
+        grad_hidden, grad_weights = experts_backward(grad, hidden, index, weights, stored, number_of(ctx.module))
         return (grad_hidden, None, grad_weights, None, *[None] * len(stored))
 
 
 @torch.library.custom_op("tightfit::experts", mutates_args=())
 def experts(hidden: Tensor, index: Tensor, weights: Tensor, stored: list[Tensor], module: int) -> Tensor:
-    """Every token through its experts, summed by its routing weights. `module` is the `id` of a `QuantizedExperts`."""
+    """Every token through its experts, summed by its routing weights. `module` is the number of a `QuantizedExperts`."""
     return forward_experts(module_of(module), hidden, index, weights, stored)
 
 
@@ -197,17 +202,18 @@ def backward_experts(
     for expert, token, slot in _assignments(index, module.num_experts):
         first, second, biases = _of_expert(module, stored, expert)
         up = _product(module, 0, hidden.index_select(0, token), first, biases)
-        inner, gate_backward = torch.func.vjp(module.gate, up)
-        del up
+        with _autograd_inside():
+            inner = module.gate(up.requires_grad_())
         arriving = grad.index_select(0, token)  # (n, hidden)
         along = module.codec.product_transposed(arriving, second, module.shapes[module.matrices[1]])  # (n, width)
-        share = (along * inner).sum(dim=1, dtype=torch.float32)
+        share = (along * inner.detach()).sum(dim=1, dtype=torch.float32)
         if biases:
             share += (arriving * biases[1]).sum(dim=1, dtype=torch.float32)
-        del arriving, inner
+        del arriving
         grad_weights[token, slot] = share.to(grad_weights.dtype)
-        (grad_up,) = gate_backward((along * weights[token, slot, None]).to(along.dtype))
-        del along, gate_backward
+        with _autograd_inside():
+            (grad_up,) = torch.autograd.grad(inner, up, (along * weights[token, slot, None]).to(along.dtype))
+        del along, inner, up
         grad_hidden.index_add_(0, token, module.codec.product_transposed(grad_up, first, module.shapes[module.matrices[0]]))
         del grad_up
     return grad_hidden, grad_weights
@@ -244,8 +250,8 @@ def swap_experts(roots: Iterable[tuple[str, nn.Module]], codec: Codec, where: st
     for root, block in roots:
         for path, module in list(block.named_modules()):
             full = f"{root}.{path}"
-            wanted = any(re.search(where, f"{full}.{name}") for name, parameter in module.named_parameters(recurse=False) if parameter.ndim == 3)
-            if not wanted or isinstance(module, QuantizedExperts):
+            stacked = [name for name, parameter in module.named_parameters(recurse=False) if parameter.ndim == 3]
+            if isinstance(module, QuantizedExperts) or not any(re.search(where, f"{full}.{name}") for name in stacked):
                 continue
             if vars(module).keys() >= _FLAGS:
                 replace(block, path, _quantized(module, codec))
@@ -288,6 +294,16 @@ def _of_expert(module: QuantizedExperts, stored: Sequence[Tensor], expert: int) 
     rows = [tensor[expert] for tensor in stored]
     sizes = [len(module.stored_names[name]) for name in module.matrices]
     return rows[: sizes[0]], rows[sizes[0] : sum(sizes)], rows[sum(sizes) :]
+
+
+@contextmanager
+def _autograd_inside() -> Iterator[None]:
+    """Let autograd record inside an operator, below which dispatch has left it behind."""
+    excluded = torch._C._dispatch_tls_local_exclude_set()
+    for key in ("AutogradCPU", "AutogradCUDA", "AutogradOther", "ADInplaceOrView"):
+        excluded = excluded.remove(getattr(torch._C.DispatchKey, key))
+    with torch._C._ForceDispatchKeyGuard(torch._C._dispatch_tls_local_include_set(), excluded), torch.enable_grad():
+        yield
 
 
 def _product(module: QuantizedExperts, matrix: int, x: Tensor, tensors: Sequence[Tensor], biases: Sequence[Tensor]) -> Tensor:

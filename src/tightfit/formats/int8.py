@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from tightfit.formats.codec import SLICED, Codec, Part, Shape, check_finite, row_slices
+from tightfit.formats.codec import SLICED, Codec, Part, Shape, check_finite, is_aligned, row_slices
 from tightfit.formats.linear import QuantizedLinear
 from tightfit.terms.units import MIB
 
@@ -16,6 +16,12 @@ LARGEST_CODE = 127
 KERNEL_TOKENS = {"cpu": 16, "cuda": 8}
 """Most tokens for which `_weight_int8pack_mm` beats slices. CPU, bfloat16, 4096 x 4096, one thread: 1.3 ms against 10 at one token,
 even at 16. CUDA: not measured; the kernel makes a float32 copy of its input, so it stays with decoding."""
+
+KERNEL_COLUMNS = 16
+"""The CPU kernel reads this many columns at a time, and past the end of a row (wrong results, no error) where they do not divide it."""
+
+_VECTOR_BYTES = {"codes": 16, "x": 32}
+"""The CPU kernel loads so many bytes at once and crashes where their address is not a multiple."""
 
 _ENCODE_BYTES = 16 * MIB
 """Float32 workspace while a weight is read."""
@@ -59,13 +65,16 @@ class Int8Codec(Codec):
 
     def kernel(self, device: str, dtype: torch.dtype, tokens: int, shape: Shape) -> str:
         """On a CPU only bfloat16 has a vectorized kernel: that of float32 and float16 is slower than slices at any length."""
-        has_kernel = device == "cuda" or (device == "cpu" and dtype == torch.bfloat16)
+        has_kernel = device == "cuda" or (device == "cpu" and dtype == torch.bfloat16 and shape[1] % KERNEL_COLUMNS == 0)
         return "_weight_int8pack_mm" if has_kernel and 0 < tokens <= KERNEL_TOKENS[device] else SLICED
 
     def kernel_product(self, x: Tensor, tensors: Sequence[Tensor], shape: Shape) -> Tensor:
-        """torch's weight-only int8 product."""
+        """torch's weight-only int8 product, where the addresses allow it: weights mapped from a file may lie anywhere."""
         codes, scale = tensors
-        return torch._weight_int8pack_mm(x.contiguous(), codes, scale.to(x.dtype))
+        if not is_aligned(codes, _VECTOR_BYTES["codes"]):
+            return self.sliced_product(x, tensors, shape)
+        x = x.contiguous()
+        return torch._weight_int8pack_mm(x if is_aligned(x, _VECTOR_BYTES["x"]) else x.clone(), codes, scale.to(x.dtype))
 
     def kernel_bytes(self, device: str, dtype: torch.dtype, tokens: int, shape: Shape) -> int:
         """CUDA computes in float32: copies of input, scales and result."""

@@ -5,11 +5,12 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import unset_fake_temporarily
+from torch.utils.flop_counter import register_flop_formula
 
 from tightfit.formats.codec import SLICED, Codec, Part, Shape, check_finite, row_slices
 from tightfit.formats.linear import QuantizedLinear
@@ -112,7 +113,8 @@ class NF4Codec(Codec):
             return tensors[1][first:last]
         _, nested, nested_absmax, nested_code, offset = tensors
         scales = nested_absmax[first // NESTED_BLOCK : -(-last // NESTED_BLOCK)]
-        return torch.ops.bitsandbytes.dequantize_blockwise(nested[first:last], scales, nested_code, NESTED_BLOCK, torch.float32).add_(offset)
+        absmax = torch.ops.bitsandbytes.dequantize_blockwise(nested[first:last], scales, nested_code, NESTED_BLOCK, torch.float32)
+        return absmax.add_(offset)
 
     def row_step(self, shape: Shape) -> int:
         """Rows that end together with a block of scales (of 16 384 weights with double quantization)."""
@@ -219,3 +221,10 @@ class NF4Linear(QuantizedLinear):
     ) -> None:
         codec = NF4Codec(layout, double_quantization)
         super().__init__(in_features, out_features, codec, bias=bias, transposed=transposed, dtype=dtype)
+
+
+def _four_bit_flops(x: Tensor, codes: Tensor, shape: Shape, *args: Any, **kwargs: Any) -> int:
+    return 2 * x.numel() * shape[0]
+
+
+register_flop_formula([torch.ops.bitsandbytes.gemv_4bit, torch.ops.bitsandbytes.gemm_4bit], get_raw=True)(_four_bit_flops)

@@ -95,8 +95,9 @@ class DirectFiles:
         except OSError as fault:
             raise file_fault("read", file, fault) from fault
         if count < needed_bytes:
+            size = os.fstat(self._descriptor(file)).st_size
             raise TightfitError(
-                f"`{file}` ends at byte {offset + count}; its weights go on to byte {offset + needed_bytes}",
+                f"`{file}` ends at byte {size}; its weights go on to byte {offset + needed_bytes} or further",
                 hint="the file is cut short: download or convert it again",
             )
         return count

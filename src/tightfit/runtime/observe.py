@@ -3,6 +3,7 @@
 import statistics
 import time
 from collections.abc import Iterable
+from functools import wraps
 from typing import Any
 
 import torch
@@ -35,7 +36,12 @@ class Observer:
         reset_peak()
         if self.built.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats()
-        self.built.model.forward = self._observed
+
+        @wraps(self._forward)  # `generate` reads the signature, and would ask for the logits of the whole prompt without it
+        def observed(*args: Any, **kwargs: Any) -> Any:
+            return self._observed(*args, **kwargs)
+
+        self.built.model.forward = observed
         self._began = time.perf_counter()
         return self
 

@@ -193,8 +193,7 @@ class Stream:
                 slot.drop()
         for position in dict.fromkeys(wanted):
             if all(slot.position != position for slot in self._slots):
-                free = [slot for slot in self._slots if slot.position not in wanted]
-                self._fetch(position, min(free, key=lambda slot: slot.is_filling))
+                self._fetch(position, next(slot for slot in self._slots if slot.position not in wanted))
 
     def _fetch(self, position: int, slot: _Slot) -> None:
         """Let the block arrive in `slot`, once nobody else writes there."""

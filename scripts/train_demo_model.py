@@ -80,7 +80,8 @@ Temperature 0.8, top-p 0.95, seed {seed}; the prompt is bold.
 ## Limits
 
 For demonstrations, tests and benchmarks of the machinery: loading, streaming, quantizing, tuning, generating.
-It writes in the manner of its books, but knows no facts, follows no instructions and loses the thread after a sentence or two.
+It imitates the sound of its books, but it is undertrained: it invents words, seldom finishes a thought,
+knows no facts and follows no instructions.
 Its text shows the views of its sources, many of them of the 19th century. Not for any use in which somebody relies on what it says.
 Attention positions above {long} were never trained.
 """
@@ -357,7 +358,7 @@ def train(options: argparse.Namespace) -> None:
             if time.monotonic() - saved_at > SAVE_SECONDS and progress < 1:
                 perplexity = publish(model, tokenizer, corpora, run, options.out, final=False)
                 saved_at = time.monotonic()
-            bar.set_postfix(step=run.steps, tokens=run.tokens, loss=f"{loss:.3f}", held_out=f"{perplexity:.2f}", refresh=False)
+            bar.set_postfix(step=run.steps, tokens=f"{run.tokens:,}", loss=f"{loss:.3f}", held_out=f"{perplexity:.2f}", refresh=False)
             bar.update(100 * min(progress, 1) - bar.n)
     perplexity = publish(model, tokenizer, corpora, run, options.out, final=True)
     print(f"held-out perplexity {perplexity:.2f} after {run.steps} steps; wrote {options.out}")

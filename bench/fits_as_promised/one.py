@@ -2,18 +2,26 @@
 
 `python one.py ROW.json allocator`: tensor bytes at the peak, from the CPU allocator's own records (torch's profiler), not from our meter.
 `python one.py ROW.json process`: the process's peak by the kernel's count, without the profiler's own memory.
+`python one.py ROW.json alive`: what is alive at the peak, largest first, with the operators that made it; for finding a wrong promise.
+
+The budget is the tightest that can be promised: just what the plan says the row needs, or, with `resident = 0.4`, what is left
+of that when only 40 % of the blocks' bytes may stay. With `ram` it is that size.
 """
 
 import json
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch
+from record import plan_digest
 
 import tightfit
-from tightfit import steps
+from tightfit import catalog, steps
 from tightfit.describe.source import describe
+from tightfit.planner.weigh import weigh
 from tightfit.rehearse.allocator import allocator_peak
 from tightfit.rehearse.fake import inputs_for
 from tightfit.runtime.build import Built, build
@@ -21,6 +29,9 @@ from tightfit.runtime.generate import Sampling, generate
 from tightfit.runtime.process import keep_heap_tight, keep_quiet, resident
 from tightfit.runtime.tokens import Prompt
 from tightfit.terms.errors import TightfitError
+from tightfit.terms.units import MIB
+
+BOUNDLESS = tightfit.Budget(ram=1 << 50, disk=1 << 50)
 
 
 def whole_ids(shape: tuple[int, ...], high: int) -> torch.Tensor:
@@ -28,12 +39,35 @@ def whole_ids(shape: tuple[int, ...], high: int) -> torch.Tensor:
     return torch.randint(0, high, shape, generator=torch.Generator().manual_seed(0))
 
 
-def work(plan: tightfit.Plan, built: Built) -> None:
-    """The planned workload on real tensors; two steps when tuning, since the first finds no optimizer state."""
+def plan_row(row: dict[str, Any]) -> tightfit.Plan:
+    """The row's plan inside its budget."""
+    workload = tightfit.Workload(row["task"], row["batch"], row["tokens"], row["new_tokens"])
+
+    def planned(budget: tightfit.Budget) -> tightfit.Plan:
+        return tightfit.plan(row["model"], workload, budget, "exact", row["techniques"], row["random_weights"])
+
+    if "ram" in row:
+        return planned(tightfit.Budget.parse(ram=row["ram"], disk="1TiB"))
+    need = planned(BOUNDLESS).predicted_bytes("ram") - _leaving_bytes(row)
+    return planned(tightfit.Budget(ram=(need // MIB + 1) * MIB, disk=BOUNDLESS.disk))
+
+
+def _leaving_bytes(row: dict[str, Any]) -> int:
+    """Bytes of blocks that the budget has no room for."""
+    if row["resident"] == 1:
+        return 0
+    skeleton = describe(row["model"], row["task"], random_weights=row["random_weights"])
+    techniques = [catalog.make(*catalog.parse(text)) for text in row["techniques"]]
+    return int((1 - row["resident"]) * sum(weigh(skeleton.meta_model, techniques).blocks))
+
+
+def work(plan: tightfit.Plan, built: Built) -> int:
+    """The planned workload on real tensors, twice when tuning, since the first step finds no optimizer state. Returns the process's peak."""
     batch = inputs_for(built.model, plan.workload, whole_ids)
     if plan.workload.task == "generate":
-        generate(built, Prompt(batch["input_ids"]), Sampling(ignore_eos=True))
-    elif plan.workload.task == "tune":
+        report = generate(built, Prompt(batch["input_ids"]), Sampling(ignore_eos=True))
+        return max(report.process["load_peak"], report.process["run_peak"])  # the peak begins anew between them
+    if plan.workload.task == "tune":
         built.model.train()
         optimizer = steps.make_optimizer(built.model, plan.workload.optimizer)
         for _ in range(2):
@@ -41,12 +75,25 @@ def work(plan: tightfit.Plan, built: Built) -> None:
     else:
         with torch.inference_mode():
             steps.embed(built.model, batch)
+    return resident().peak
 
 
-def carry_out(plan: tightfit.Plan) -> None:
+def carry_out(plan: tightfit.Plan) -> int:
     """Build and run, as `tightfit run` does."""
     with build(plan, describe(plan.model, plan.workload.task, random_weights=plan.random_weights)) as built:
-        work(plan, built)
+        return work(plan, built)
+
+
+def measure(plan: tightfit.Plan, way: str) -> dict[str, Any]:
+    """What `way` sees of the run."""
+    if way == "process":
+        return {"process_peak_bytes": carry_out(plan)}
+    unguarded = replace(plan, budget=replace(plan.budget, ram=BOUNDLESS.ram))  # the records take memory themselves
+    if way == "allocator":
+        return {"measured_peak_bytes": allocator_peak(lambda: carry_out(unguarded))}
+    from alive import alive_at_peak
+
+    return {"alive": alive_at_peak(lambda: carry_out(unguarded)), "phases": plan.phases}
 
 
 def main() -> None:
@@ -54,22 +101,20 @@ def main() -> None:
     keep_quiet()
     keep_heap_tight()
     row, way = json.loads(Path(sys.argv[1]).read_text()), sys.argv[2]
-    workload = tightfit.Workload(row["task"], row.get("batch", 1), row["tokens"], row.get("new_tokens", 16))
-    budget = tightfit.Budget.parse(ram=row["ram"])
     try:
-        plan = tightfit.plan(row["model"], workload, budget, row.get("quality", "exact"), row.get("techniques", []), row.get("random_weights", True))
+        plan = plan_row(row)
+        result = {
+            "predicted_peak_bytes": plan.tensor_bytes(),
+            "predicted_process_bytes": plan.predicted_bytes("ram"),
+            "budget_bytes": plan.budget.ram,
+            "techniques": list(plan.techniques),
+            "resting": plan.resting(),
+            "predicted": plan.predicted,
+            "plan_digest": plan_digest(plan.to_json()),
+        }
+        print(json.dumps(result | measure(plan, way)))
     except TightfitError as error:
         print(json.dumps({"error": str(error), "hint": error.hint, "details": error.details}))
-        return
-    result = {"predicted_peak_bytes": plan.tensor_bytes(), "predicted_process_bytes": plan.predicted_bytes("ram"), "budget_bytes": budget.ram}
-    result |= {"techniques": list(plan.techniques), "predicted": plan.predicted["ram"], "resting": plan.resting()}
-    if way == "allocator":
-        unguarded = replace(plan, budget=replace(budget, ram=1 << 40))  # the records take memory themselves
-        result["measured_peak_bytes"] = allocator_peak(lambda: carry_out(unguarded))
-    else:
-        carry_out(plan)
-        result["process_peak_bytes"] = resident().peak
-    print(json.dumps(result))
 
 
 if __name__ == "__main__":

@@ -12,10 +12,14 @@ transformers reads safetensors through mmap and copies neither the "cpu" weights
 the kernel may drop, so W does not bound the memory and under a limit the "cpu" weights are read again for every token
 ("mapped", the library as it is). "copied", the default, moves the "cpu" weights into ordinary memory after loading: what the
 device map promises, and faster under a limit.
+
+With --bnb-4bit everything must fit on the cpu, and what glibc keeps of freed buffers may double the memory: start it with
+MALLOC_MMAP_THRESHOLD_=65536 in the environment to have that given back.
 """
 
 import argparse
 import math
+import os
 import sys
 import time
 from collections import Counter
@@ -110,6 +114,7 @@ def main() -> int:
         "threads": args.threads,
         "ram_bytes": args.ram_bytes,
         "resident": args.resident,
+        "malloc_mmap_threshold": os.environ.get("MALLOC_MMAP_THRESHOLD_"),
         "dtype": "nf4" if args.bnb_4bit else "bfloat16",
     }
     result = {"peer": peer, "version": versions(*packages), "settings": settings}

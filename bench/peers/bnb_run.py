@@ -3,11 +3,13 @@
 python bnb_run.py --shape tinyllama-1.1b --bits 4|8 --threads T --prompt-tokens P --tokens N [--model FOLDER]
 
 The bf16 weights come from FOLDER (make_model.py; default: models/SHAPE in the user's cache folder) and are quantized while
-loading: nf4 with bf16 arithmetic, or LLM.int8().
+loading: nf4 with bf16 arithmetic, or LLM.int8(). Where the PyPI package kernels is installed, transformers and bitsandbytes
+may fetch a faster CPU kernel for nf4 from the Hugging Face hub; "kernels_package" in the result says whether it is.
 """
 
 import argparse
 import time
+from importlib.util import find_spec
 from pathlib import Path
 
 from peer_common import (
@@ -62,7 +64,13 @@ def main() -> None:
         "load_seconds": load_seconds,
         **memory_now(),
         "disk_read_bytes": disk_read_bytes(),
-        "settings": {"shape": args.shape, "bits": args.bits, "threads": args.threads, "warmed_up": True},
+        "settings": {
+            "shape": args.shape,
+            "bits": args.bits,
+            "threads": args.threads,
+            "warmed_up": True,
+            "kernels_package": bool(find_spec("kernels")),
+        },
     }
     print_result(result)
 

@@ -30,6 +30,9 @@ def parse_arguments() -> argparse.Namespace:
 
 def main() -> int:
     args = parse_arguments()
+    if not (args.build / "version.json").exists():
+        print_result({"peer": "llama.cpp", "error": f"no build in {args.build}: run build_llama_cpp.sh first"})
+        return 1
     version = json.loads((args.build / "version.json").read_text())
     numbers = [args.tokens, args.threads, args.prompt_tokens]
     command = [args.build / "bin" / "llama_decode_times", args.model, *numbers, args.load_mode, int(args.repack)]

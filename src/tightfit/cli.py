@@ -4,6 +4,7 @@ stdout is data, stderr is talk; `--json` prints one JSON object. Nothing heavy i
 """
 
 import json
+import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,7 +18,7 @@ from tightfit.terms.errors import TightfitError, near
 from tightfit.terms.plan import Plan
 from tightfit.terms.workload import Workload
 
-app = typer.Typer(name="tightfit", help=__import__("tightfit").__doc__.split("\n")[0], no_args_is_help=True, add_completion=False)
+app = typer.Typer(name="tightfit", help=__import__("tightfit").__doc__.split("\n")[0], no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 out, talk = Console(soft_wrap=True, highlight=False), Console(stderr=True, soft_wrap=True, highlight=False)
 
 DEMO = "tightfit-demo"
@@ -207,7 +208,12 @@ def main() -> None:
         if type(error).__module__.startswith(("click", "typer")):
             talk.print(f"[red]error:[/] {error.format_message()}")  # type: ignore[attr-defined]
             sys.exit(2)
-        raise
+        if os.environ.get("TIGHTFIT_TRACEBACK"):
+            raise
+        first = (str(error).strip().splitlines() or ["no message"])[0]
+        talk.print(f"[red]error:[/] unexpected {type(error).__name__}: {first}", markup=True)
+        talk.print("\n[cyan]hint:[/] this is a bug in tightfit; please report it with what `TIGHTFIT_TRACEBACK=1` shows")
+        sys.exit(70)
 
 
 def _complain(error: TightfitError) -> None:
@@ -290,8 +296,6 @@ def _print(values: dict[str, Any], as_json: bool) -> bool:
 
 def _write(file: str, values: dict[str, Any]) -> None:
     """Write JSON to a temporary name, then rename, so that no half file is ever seen."""
-    import os
-
     partial = f"{file}.{os.getpid()}.partial"
     try:
         with open(partial, "w") as stream:

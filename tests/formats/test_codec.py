@@ -62,7 +62,9 @@ def test_a_product_needs_the_bytes_that_it_says(codec, dtype, tokens, monkeypatc
     monkeypatch.setitem(codecs.SLICE_BYTES, "cpu", 128 * shape[1] * dtype.itemsize)
     forward = _peak_bytes(lambda: codec.product(x, stored, shape), x, *stored) - tokens * shape[0] * dtype.itemsize
     assert forward == pytest.approx(codec.product_bytes("cpu", dtype, tokens, shape), rel=0.01, abs=16)
-    backward = _peak_bytes(lambda: codec.product_transposed(gradient, stored, shape), gradient, *stored) - tokens * shape[1] * dtype.itemsize
+    backward = (
+        _peak_bytes(lambda: codec.product_transposed(gradient, stored, shape), gradient, *stored) - tokens * shape[1] * dtype.itemsize
+    )
     assert backward == pytest.approx(codec.transposed_bytes("cpu", dtype, shape), rel=0.01, abs=16)
 
 

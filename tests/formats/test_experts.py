@@ -179,7 +179,7 @@ def test_wrong_tensors_are_refused() -> None:
         module.absorb("down_proj", torch.zeros(4, 96, 64))
     with pytest.raises(TightfitError, match=r"down_proj has the shape \[3, 64, 96\], the model wants \[4, 64, 96\]"):
         module.absorb("down_proj", torch.zeros(3, 64, 96))
-    with pytest.raises(TightfitError, match="^weight holds NaN$"):
+    with pytest.raises(TightfitError, match=r"^weight holds NaN$"):
         module.absorb("down_proj", torch.full((4, 64, 96), float("nan")))
 
 

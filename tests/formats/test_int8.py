@@ -64,7 +64,12 @@ def test_extreme_rows_stay_finite(value) -> None:
 
 
 def test_rounding_up_to_bfloat16() -> None:
-    assert bfloat16_above(torch.tensor([1.0, 1.0 + 2**-20, 1.0 + 2**-7, 3.0e-5])).tolist() == [1.0, 1.0 + 2**-7, 1.0 + 2**-7, 3.0040740966796875e-05]
+    assert bfloat16_above(torch.tensor([1.0, 1.0 + 2**-20, 1.0 + 2**-7, 3.0e-5])).tolist() == [
+        1.0,
+        1.0 + 2**-7,
+        1.0 + 2**-7,
+        3.0040740966796875e-05,
+    ]
 
 
 def test_the_scale_is_exact_in_every_dtype_of_the_input() -> None:

@@ -84,7 +84,7 @@ def test_packed_is_the_order_of_the_fused_kernel() -> None:
 
 @pytest.mark.skipif(not nf4.has_packed_kernel(), reason="needs a CPU with AVX512-BF16")
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float16])
-@pytest.mark.parametrize("tokens", [1, 5, 256])
+@pytest.mark.parametrize("tokens", [1, 5, nf4.PACKED_TOKENS])
 def test_the_fused_kernel_multiplies_with_the_decoded_weight(dtype, tokens) -> None:
     torch.manual_seed(0)
     layer = NF4Linear(256, 96, bias=False, dtype=dtype, layout="packed")

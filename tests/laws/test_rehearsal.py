@@ -48,7 +48,11 @@ def test_training_step(family: str) -> None:
 @pytest.mark.parametrize("family", CONFIGS)
 @pytest.mark.parametrize("technique", [name for name in catalog.technique_names() if name not in ("offload", "recompute")])
 def test_quantized_pass(family: str, technique: str) -> None:
-    assert rehearsed_peak(family, EMBED, [technique]) == pytest.approx(measured_peak(family, EMBED, [technique]), rel=0.01)
+    rehearsed, measured = rehearsed_peak(family, EMBED, [technique]), measured_peak(family, EMBED, [technique])
+    if "experts_per_tok" in str(CONFIGS[family]):  # how many tokens an expert gets is data, so the rehearsal takes the worst case
+        assert measured * 0.99 <= rehearsed <= measured * 1.15
+    else:
+        assert rehearsed == pytest.approx(measured, rel=0.01)
 
 
 @pytest.mark.parametrize("family", CONFIGS)

@@ -96,6 +96,10 @@ class Codec(ABC):
     def kernel_bytes(self, device: str, dtype: torch.dtype, tokens: int, shape: Shape) -> int:
         """Bytes that `kernel_product` allocates beside its result."""
 
+    def path(self, device: str, dtype: torch.dtype, shape: Shape) -> tuple[str, str]:
+        """The kernels for one token and for very many."""
+        return self.kernel(device, dtype, 1, shape), self.kernel(device, dtype, 1 << 30, shape)
+
     def product(self, x: Tensor, tensors: Sequence[Tensor], shape: Shape) -> Tensor:
         """`x @ dense.T`, by the fastest way there is.  # (tokens, columns) → (tokens, rows)"""
         if self.kernel(device_of(x), x.dtype, x.shape[0], shape) != SLICED:

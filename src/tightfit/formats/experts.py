@@ -79,6 +79,11 @@ class QuantizedExperts(nn.Module):
         """The stored tensors of both matrices, in the order of `matrices`. Their first dimension is the expert."""
         return [getattr(self, name) for matrix in self.matrices for name in self.stored_names[matrix]]
 
+    @property
+    def path(self) -> tuple[str, str]:
+        """The kernels with which an expert's first matrix multiplies one token and very many, where it is now."""
+        return self.codec.path(self.stored[0].device.type, self.dtype, self.shapes[self.matrices[0]])
+
     @torch.no_grad()
     def absorb(self, name: str, dense: Tensor) -> None:
         """Take a fused parameter of the checkpoint's shape (experts, …), expert by expert.
@@ -217,27 +222,6 @@ def backward_experts(
         grad_hidden.index_add_(0, token, module.codec.product_transposed(grad_up, first, module.shapes[module.matrices[0]]))
         del grad_up
     return grad_hidden, grad_weights
-
-
-def workspace_bytes(module: QuantizedExperts, device: str, dtype: torch.dtype, tokens: int, choices: int, backward: bool) -> int:
-    """Most bytes that the operator allocates beside its results, when every token chooses the same expert.
-
-    Beside the rows counted here, sorting needs a few numbers for each choice.
-    """
-    n = min(tokens, TOKENS)
-    first, second = (module.shapes[name] for name in module.matrices)
-    row = n * dtype.itemsize
-    up, inner, outer = row * first[0], row * second[1], row * second[0]
-    product = module.codec.product_bytes
-    sorting = 5 * 8 * tokens * choices + 3 * 8 * module.num_experts
-    reading = row * first[1] + up + product(device, dtype, n, first)
-    if backward:
-        slices = [module.codec.transposed_bytes(device, dtype, shape) for shape in (first, second)]
-        kept = up + 3 * inner  # what the gate keeps for its own backward pass, and its result
-        phases = (reading, kept + outer + inner + slices[1], kept + 3 * inner + 2 * up, up + outer + slices[0])
-    else:
-        phases = (reading, up + 2 * inner, inner + outer + product(device, dtype, n, second), 2 * outer + (4 * n * second[0]))
-    return sorting + max(phases)
 
 
 def swap_experts(roots: Iterable[tuple[str, nn.Module]], codec: Codec, where: str = "") -> list[str]:

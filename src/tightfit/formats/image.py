@@ -26,6 +26,12 @@ TENSOR_BYTES = 64
 GAP_BYTES = 64 * 1024
 """Ranges of one file that lie nearer than this are read as one: a further request costs more than the bytes between."""
 
+PIECE_BYTES = 8 * 1024**2
+"""What one request reads: of 1, 4, 8 and 16 MiB the least that keeps up with `dd iflag=direct bs=8M` either way; larger ones stop later."""
+
+READERS = 2
+"""Reading threads. One alone lets the disk rest while it copies or waits for Python's lock (0.8 of `dd`); a third brought nothing sure."""
+
 
 @dataclass(frozen=True)
 class TensorView:
@@ -110,6 +116,13 @@ def image_in_files(records: Mapping[str, TensorRecord]) -> BlockImage | None:
     segments = _segments(record for record in records.values() if record.nbytes)
     views = [TensorView(name, record.dtype, tuple(record.shape), _place(record, segments)) for name, record in records.items()]
     return BlockImage(tuple(views), tuple(segments), sum(segment.length for segment in segments))
+
+
+def staging_bytes(image: BlockImage) -> int:
+    """What the readers hold beside the slots for blocks like `image`: a buffer each, where tensors must be moved into line."""
+    if image.is_aligned or not image.segments:
+        return 0
+    return READERS * min(PIECE_BYTES, max(segment.length for segment in image.segments))
 
 
 def bind(block: nn.Module, image: BlockImage, flat: Tensor) -> None:

@@ -57,8 +57,7 @@ class QuantizedLinear(nn.Module):
     @property
     def path(self) -> tuple[str, str]:
         """The kernels that multiply one token and very many, where the weight is now and in the layer's `dtype`."""
-        device = self.weight.device.type
-        return self.codec.kernel(device, self.dtype, 1, self.shape), self.codec.kernel(device, self.dtype, 1 << 30, self.shape)
+        return self.codec.path(self.stored[0].device.type, self.dtype, self.shape)
 
     @torch.no_grad()
     def absorb(self, name: str, dense: Tensor) -> None:
@@ -157,16 +156,6 @@ def replace(block: nn.Module, path: str, module: nn.Module) -> None:
     """Put `module` into `block` at `path`."""
     parent, _, name = path.rpartition(".")
     setattr(block.get_submodule(parent), name, module)
-
-
-def kernel_notes(model: nn.Module) -> list[str]:
-    """How the encoded linear layers of `model` multiply: one line for each kind, with its kernels for one token and for many."""
-    layers = [(module, module.weight.device.type) for module in model.modules() if isinstance(module, QuantizedLinear)]
-    counts = Counter((type(layer).__name__, device, str(layer.dtype), layer.path) for layer, device in layers)
-    return [
-        f"{count} {name} on {device} in {dtype.removeprefix('torch.')}: `{small}` at one token, `{large}` at many"
-        for (name, device, dtype, (small, large)), count in sorted(counts.items())
-    ]
 
 
 def _quantized(linear: nn.Module, make: Callable[..., QuantizedLinear], transposed: bool) -> QuantizedLinear:

@@ -33,9 +33,9 @@ NESTED_BLOCK = 256
 PACKED_ROWS = 32
 """Rows that the fused CPU kernel interleaves."""
 
-PACKED_TOKENS = 256
-"""Most tokens for which the fused CPU kernel beats slices of unpacked rows. bfloat16, 4096 x 4096, one thread: 0.7 ms against 30 at
-one token, 63 against 120 at 128, 300 against 180 at 512."""
+PACKED_TOKENS = 128
+"""Most tokens for which the fused CPU kernel beats slices of unpacked rows. bfloat16, 4096 x 4096, one thread: 0.6 ms against 11 at
+one token, 30 against 33 at 128, 62 against 54 at 256; dense takes 3.0, 22 and 40."""
 
 FUSED_TOKENS = 4
 """Most tokens for which bitsandbytes' `gemm_4bit` surely runs its fused CUDA kernel; beyond it may decode the whole weight inside."""
@@ -197,12 +197,11 @@ def _pack(codes: Tensor, shape: Shape) -> Tensor:
 
 def _unpack(packed: Tensor, columns: int) -> Tensor:
     """The inverse of `_pack`, for any multiple of 32 rows.  # (rows, columns / 2) int8 → flat uint8"""
-    half = columns // 2
-    pairs = packed.view(torch.uint8).reshape(-1, half, PACKED_ROWS // 2, 2)  # (groups, columns / 2, 16, parity)
-    codes = torch.empty(pairs.shape[0], 2, PACKED_ROWS // 2, half, dtype=torch.uint8, device=packed.device)
-    even, odd = pairs[..., 0].transpose(1, 2), pairs[..., 1].transpose(1, 2)  # (groups, 16, columns / 2)
-    torch.bitwise_left_shift(even, 4, out=codes[:, 0]).bitwise_or_(odd & 0x0F)
-    torch.bitwise_right_shift(odd, 4, out=codes[:, 1]).bitwise_or_(even & 0xF0)
+    half, rows = columns // 2, PACKED_ROWS // 2
+    pairs = packed.view(torch.int16).view(-1, half, rows).transpose(1, 2).contiguous()  # (groups, 16, columns / 2), odd << 8 | even
+    codes = torch.empty(pairs.shape[0], 2, rows, half, dtype=torch.uint8, device=packed.device)
+    codes[:, 0] = (pairs & 0x0F).bitwise_left_shift_(4).bitwise_or_((pairs >> 8).bitwise_and_(0x0F))
+    codes[:, 1] = (pairs & 0xF0).bitwise_or_((pairs >> 12).bitwise_and_(0x0F))
     return codes.view(-1)
 
 

@@ -52,7 +52,7 @@ def choose(request: Request, machine: Machine, available: Mapping[str, type[Any]
 def _try(request: Request, candidate: Candidate, machine: Machine, available: Mapping[str, type[Any]]) -> Outcome:
     skeleton, budget, fast = request.skeleton, request.budget, request.budget.compute_tier
     footprint = rehearse(skeleton.meta_model, request.workload, candidate.techniques)
-    weights = weigh(skeleton.meta_model, candidate.techniques)
+    weights = weigh(skeleton, candidate.techniques, request.random_weights)
     beside = max(total(parts) - parts.get("weights", 0) for parts in footprint.phases.values())
     beside = max(beside, weights.load_scratch)
     libraries = weights.libraries
@@ -60,14 +60,14 @@ def _try(request: Request, candidate: Candidate, machine: Machine, available: Ma
     room = {
         "gpu": _room(machine, "gpu", budget.gpu, libraries) - weights.outside - beside,
         "ram": _room(machine, "ram", budget.ram, libraries) - (0 if fast == "gpu" else weights.outside + beside),
-        "disk": budget.disk if weights.changed or request.random_weights else 1 << 62,  # else blocks are read from where they are
+        "disk": budget.disk if weights.changed else 1 << 62,  # else blocks are read from where they are
     }
-    residency = settle(weights.blocks, fast, room, SLOTS, SLOT_SLACK)
+    residency = settle(weights.blocks, fast, room, SLOTS, SLOT_SLACK, weights.staging)
     if residency is not None and residency.streamed and not streams:
         residency = None
     lowest = residency or _least(weights, fast, streams)
     predicted = _predicted(request, footprint, weights, lowest, machine)
-    return Outcome(candidate, footprint, weights, residency, predicted, pace(footprint, weights, lowest, request.workload, budget, machine))
+    return Outcome(candidate, footprint, weights, residency, predicted, pace(footprint, weights, lowest, request.workload, budget, machine, candidate.names))
 
 
 def _room(machine: Machine, tier: str, cap: int, libraries: frozenset[str]) -> int:
@@ -81,7 +81,7 @@ def _least(weights: Weights, fast: str, streams: bool) -> Residency:
     if not streams or len(weights.blocks) <= SLOTS:
         return Residency((fast,) * len(weights.blocks), (), 0, 0, sum(weights.blocks))
     slot = max(weights.blocks) + SLOT_SLACK
-    return Residency(("disk",) * len(weights.blocks), tuple(range(len(weights.blocks))), SLOTS, slot, SLOTS * slot)
+    return Residency(("disk",) * len(weights.blocks), tuple(range(len(weights.blocks))), SLOTS, slot, SLOTS * slot + weights.staging)
 
 
 def _predicted(
@@ -92,8 +92,6 @@ def _predicted(
     resting = weights.outside + residency.fast_bytes
     peak = max(footprint.phases.values(), key=lambda parts: total(parts) - parts.get("weights", 0))
     compute = {kind: size for kind, size in peak.items() if kind != "weights" and size} | {"weights": resting}
-    load = {"weights": resting, "workspace": weights.load_scratch}
-    compute = max(compute, load, key=total)
     predicted = {fast: {**compute, "overhead": machine.overhead(fast, total(compute), weights.libraries)}}
     if fast == "gpu":
         pinned = sum(size for size, home in zip(weights.blocks, residency.homes, strict=True) if home == "ram")
@@ -101,7 +99,7 @@ def _predicted(
         held = pinned + max(staging, weights.load_scratch)
         predicted["ram"] = {"weights": pinned + staging, "overhead": machine.overhead("ram", held, weights.libraries)}
     spilled = sum(size for size, home in zip(weights.blocks, residency.homes, strict=True) if home == "disk")
-    if spilled and (weights.changed or request.random_weights):
+    if spilled and weights.changed:
         predicted["disk"] = {"weights": spilled}
     return predicted
 

@@ -3,7 +3,7 @@
 Each phase takes max(operations' bytes or products, transfers), since streaming runs beside computing.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from tightfit.planner.residency import Residency
@@ -23,11 +23,13 @@ class Pace:
     whole: float
 
 
-def pace(footprint: Footprint, weights: Weights, residency: Residency, workload: Workload, budget: Budget, machine: Machine) -> Pace:
-    """Predict the time of `workload`. Loading is told apart and is not part of `whole`."""
+def pace(
+    footprint: Footprint, weights: Weights, residency: Residency, workload: Workload, budget: Budget, machine: Machine, names: Iterable[str] = ()
+) -> Pace:
+    """Predict the time of `workload` with the techniques `names`. Loading is told apart and is not part of `whole`."""
     fast = budget.compute_tier
     stream = transfer_seconds(weights, residency, fast, machine)
-    load = (sum(weights.blocks) + weights.outside) / machine.disk_bandwidth
+    load = weights.stored / machine.disk_bandwidth + machine.encode_seconds(weights.stored, names)
     if workload.task == "generate":
         prefill = max(compute_seconds(footprint.work_of("encoder"), fast, machine) + compute_seconds(footprint.work_of("prefill"), fast, machine), stream)
         token = max(compute_seconds(footprint.work_of("decode"), fast, machine), stream)

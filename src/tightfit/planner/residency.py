@@ -16,7 +16,7 @@ class Residency:
     streamed: tuple[int, ...]
     slots: int
     slot_bytes: int
-    fast_bytes: int  # residents and slots together
+    fast_bytes: int  # residents, slots and the readers' buffers together
 
 
 def resident(blocks: int, room: int) -> set[int]:
@@ -29,18 +29,19 @@ def resident(blocks: int, room: int) -> set[int]:
     return {i for i in range(blocks) if (i + 1) * swapped // blocks == i * swapped // blocks}
 
 
-def settle(block_bytes: Sequence[int], fast: str, room: Mapping[str, int], slots: int, slack: int) -> Residency | None:
+def settle(block_bytes: Sequence[int], fast: str, room: Mapping[str, int], slots: int, slack: int, staging: int = 0) -> Residency | None:
     """The residency that keeps most blocks on the `fast` tier within `room` (bytes by tier), or None if not even the slots fit.
 
     What does not stay goes to RAM while there is room (when computing on a GPU), the rest to disk, both spread evenly.
-    A slot is as large as the largest streamed block, and `slack` bytes for alignment.
+    A slot is as large as the largest streamed block, and `slack` bytes for alignment; `staging` bytes are needed beside the
+    slots as soon as any block streams.
     """
     for count in range(len(block_bytes), -1, -1):
         stays = resident(len(block_bytes), count)
         streamed = [position for position in range(len(block_bytes)) if position not in stays]
         slot_bytes = max((block_bytes[position] for position in streamed), default=0) + (slack if streamed else 0)
         used_slots = min(slots, len(streamed)) if streamed else 0
-        fast_bytes = sum(block_bytes[position] for position in stays) + used_slots * slot_bytes
+        fast_bytes = sum(block_bytes[position] for position in stays) + used_slots * slot_bytes + (staging if streamed else 0)
         if fast_bytes <= room[fast]:
             homes = _second_homes(block_bytes, streamed, fast, room)
             if homes is None:

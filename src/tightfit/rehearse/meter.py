@@ -5,7 +5,7 @@ It sees what tensors hold; scratch inside a kernel is added from the table of `f
 """
 
 import weakref
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -13,6 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 from torch.utils.flop_counter import flop_registry
 
+from tightfit.formats.workspace import TOUCHED, WORKSPACE
 from tightfit.terms.footprint import Footprint
 
 _FREE = {
@@ -31,7 +32,7 @@ class Meter(TorchDispatchMode):
     `kind` is what storages born now are tagged with; `adopt` re-tags storages that are known to be something else.
     """
 
-    def __init__(self, workspace: Mapping[Any, Callable[..., int]] | None = None) -> None:
+    def __init__(self) -> None:
         super().__init__()
         self.kind = "activations"
         self.phase = "start"
@@ -39,7 +40,6 @@ class Meter(TorchDispatchMode):
         self.phases: dict[str, dict[str, int]] = {}
         self.work: dict[str, dict[str, float]] = {}
         self._known: dict[int, tuple[int, list[str]]] = {}
-        self._workspace = workspace or {}
         self._total = 0
         self._highest: dict[str, int] = {}
 
@@ -49,7 +49,7 @@ class Meter(TorchDispatchMode):
         for tensor in tree_iter(result):
             if isinstance(tensor, torch.Tensor):
                 self._see(tensor, self.kind)
-        scratch = self._workspace.get(func)
+        scratch = WORKSPACE.get(func)
         self._mark(scratch(args, kwargs) if scratch else 0)
         if func not in _FREE:
             self._count_work(func, args, kwargs, result)
@@ -120,6 +120,10 @@ class Meter(TorchDispatchMode):
         formula = flop_registry.get(getattr(func, "overloadpacket", None))
         if formula is not None:
             work["flops"] += formula(*args, **kwargs, out_val=result)
-        tensors = [leaf for leaf in tree_iter((args, kwargs, result)) if isinstance(leaf, torch.Tensor)]
-        work["bytes_touched"] += sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+        touched = TOUCHED.get(func)
+        if touched is not None:
+            work["bytes_touched"] += touched(args, kwargs)
+        else:
+            tensors = [leaf for leaf in tree_iter((args, kwargs, result)) if isinstance(leaf, torch.Tensor)]
+            work["bytes_touched"] += sum(tensor.numel() * tensor.element_size() for tensor in tensors)
         work["operations"] += 1

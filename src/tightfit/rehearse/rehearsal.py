@@ -17,7 +17,6 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from tightfit import steps
 from tightfit.contracts import Transform
 from tightfit.describe.blocks import block_lists, signature
-from tightfit.formats.workspace import WORKSPACE
 from tightfit.rehearse.fake import empty_like_on_cpu, inputs_for, materialize, one_sequence_per_row
 from tightfit.rehearse.meter import Meter
 from tightfit.terms.footprint import Footprint, combine
@@ -58,7 +57,7 @@ def rehearse_whole(model: nn.Module, workload: Workload, techniques: Iterable[Tr
 
 def measure(model: nn.Module, batch: dict[str, Any], workload: Workload, hooks: ExitStack) -> Footprint:
     """Run `workload` once under the meter. Real tensors or fake ones: the same code."""
-    meter = Meter(WORKSPACE)
+    meter = Meter()
     meter.adopt([*model.parameters(), *model.buffers()], "weights")
     meter.adopt(batch.values(), "activations")
     _watch_blocks(model, meter, hooks)

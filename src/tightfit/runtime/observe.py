@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 
-from tightfit.formats.workspace import WORKSPACE
 from tightfit.rehearse.meter import Meter
 from tightfit.runtime.build import Built
 from tightfit.runtime.process import reset_peak, resident
@@ -86,7 +85,7 @@ class Observer:
         return result
 
     def _metered(self, args: Any, kwargs: Any) -> Any:
-        meter = Meter(WORKSPACE)
+        meter = Meter()
         meter.adopt(self._weights(), "weights")
         cache = kwargs.get("past_key_values")
         meter.adopt(_cached(cache), "kv_cache")

@@ -12,6 +12,8 @@ from pathlib import Path
 
 import torch
 
+from tightfit import catalog
+from tightfit.contracts import Stage
 from tightfit.describe.blocks import blocks_of
 from tightfit.describe.source import describe
 from tightfit.runtime.build import build
@@ -46,6 +48,8 @@ def probe(say: Say = lambda line: None) -> Machine:
         machine = replace(
             machine, gpu_flops=_flops("cuda"), gpu_bandwidth=_bandwidth("cuda"), link_bandwidth=_link(), overhead_gpu=_gpu_overhead()
         )
+    say("quantization")
+    machine = replace(machine, encode_bandwidth=_encode_bandwidth())
     say("the process's own memory")
     machine = replace(machine, overhead_ram=_overhead([]), overhead_bitsandbytes=0)
     with_bitsandbytes = _overhead(["nf4"])
@@ -80,6 +84,21 @@ def _bandwidth(device: str) -> float:
     token = torch.randn(1, width, dtype=torch.bfloat16, device=device)
     weights = [torch.randn(width, width, dtype=torch.bfloat16, device=device) for _ in range(4)]
     return 4 * width * width * 2 / _best(lambda: [torch.nn.functional.linear(token, weight) for weight in weights], device)
+
+
+def _encode_bandwidth() -> dict[str, float]:
+    """Dense bytes per second that each quantization takes in, on a model of a few linear layers."""
+    skeleton = describe("tightfit-demo")
+    rates = {}
+    for name, kind in catalog.techniques().items():
+        if kind.stage == Stage.QUANTIZE:
+            plan = Plan.all_resident(skeleton.name, Workload(), len(skeleton.block_bytes()), {name: {}})
+            seconds = []
+            for _ in range(2):
+                with build(plan, skeleton) as built:
+                    seconds.append(built.load_seconds)
+            rates[name] = skeleton.weight_bytes() / min(seconds)
+    return rates
 
 
 def _operation_seconds() -> float:

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tightfit.formats.image import BlockImage, bind, packed, unbind
+from tightfit.formats.image import PIECE_BYTES, READERS, BlockImage, bind, packed, unbind
 from tightfit.runtime.direct import DirectFiles, Readers, aligned_empty, pieces
 from tightfit.runtime.link import CpuLink, CudaLink, Link, copy_source, read_in_place, read_staged
 from tightfit.terms.errors import TightfitError
@@ -109,8 +109,8 @@ class Stream:
     `acquire` raises `TightfitError` when a file cannot be read or is cut short. Memory: `memory()`.
     """
 
-    PIECE_BYTES = 8 * 1024**2
-    READERS = 2
+    PIECE_BYTES = PIECE_BYTES
+    READERS = READERS
 
     def __init__(
         self,

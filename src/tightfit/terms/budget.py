@@ -6,6 +6,7 @@ import subprocess
 from dataclasses import dataclass
 from pathlib import Path
 
+from tightfit.terms.errors import TightfitError
 from tightfit.terms.units import parse_size
 
 _CGROUP_LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
@@ -24,15 +25,15 @@ class Budget:
         """A budget from texts such as `6GiB`. What is not given is read from this machine; a GPU is used only where one is or is named."""
         here = cls.here()
         return cls(
-            ram=parse_size(ram) if ram else here.ram,
-            gpu=parse_size(gpu) if gpu else (0 if ram or disk else here.gpu),
-            disk=parse_size(disk) if disk else here.disk,
+            ram=here.ram if ram is None else parse_size(ram),
+            gpu=parse_size(gpu) if gpu is not None else (0 if ram or disk else here.gpu),
+            disk=here.disk if disk is None else parse_size(disk),
         )
 
     @classmethod
     def here(cls) -> "Budget":
         """What this machine has free now: RAM (a container's limit included), GPU memory, disk under the spill folder."""
-        return cls(ram=_free_ram(), gpu=_free_gpu(), disk=shutil.disk_usage(spill_folder()).free)
+        return cls(ram=_free_ram(), gpu=_free_gpu(), disk=_free_disk())
 
     @property
     def compute_tier(self) -> str:
@@ -52,9 +53,22 @@ def spill_folder() -> Path:
 def _free_ram() -> int:
     info = Path("/proc/meminfo").read_text() if os.path.exists("/proc/meminfo") else ""
     lines = dict(line.split(":", 1) for line in info.splitlines())
-    free = int(lines["MemAvailable"].split()[0]) * 1024 if "MemAvailable" in lines else os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    free = (
+        int(lines["MemAvailable"].split()[0]) * 1024
+        if "MemAvailable" in lines
+        else os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    )
     limits = [Path(path).read_text().strip() for path in _CGROUP_LIMITS if os.path.exists(path)]
     return min([free, *(int(limit) for limit in limits if limit.isdigit())])
+
+
+def _free_disk() -> int:
+    try:
+        return shutil.disk_usage(spill_folder()).free
+    except OSError as error:
+        raise TightfitError(
+            f"the spill folder `{spill_folder()}` cannot be used: {error.strerror}", hint="name another one with `TIGHTFIT_SPILL`"
+        ) from error
 
 
 def _free_gpu() -> int:

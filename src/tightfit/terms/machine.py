@@ -2,10 +2,14 @@
 
 import json
 import os
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping
+from contextlib import suppress
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from tightfit.terms.errors import TightfitError
+from tightfit.terms.restore import restore
 from tightfit.terms.units import MIB
 
 
@@ -21,6 +25,7 @@ class Machine:
     gpu_bandwidth: float = 500e9
     disk_bandwidth: float = 0.8e9  # direct reads of the spill folder's disk, cold
     link_bandwidth: float = 10e9  # pinned RAM to GPU
+    encode_bandwidth: Mapping[str, float] = field(default_factory=dict)  # dense bytes that a quantization takes in, by its name
     operation_seconds: float = 8e-6  # Python and dispatch, each operation
     overhead_ram: int = 460 * MIB  # interpreter, torch, transformers, tokenizer, scratch of kernels
     overhead_gpu: int = 600 * MIB  # CUDA context and libraries
@@ -35,20 +40,38 @@ class Machine:
         if not file.exists():
             return cls()
         try:
-            values = json.loads(file.read_text())
-            known = {item.name for item in fields(cls)}
-            return cls(**{name: value for name, value in values.items() if name in known})
+            machine = restore(cls, json.loads(file.read_text()))
+            if min(machine.rates) <= 0 or min(value for value in vars(machine).values() if isinstance(value, int | float)) < 0:
+                raise ValueError("a rate or an overhead below zero")
+            return machine
+        except OSError as error:
+            raise TightfitError(f"cannot read `{file}`: {error.strerror}", hint="name another folder with `TIGHTFIT_HOME`") from error
         except (ValueError, TypeError) as error:
             raise TightfitError(f"`{file}` is damaged", hint="run `tightfit probe` again, or remove the file") from error
 
     def save(self) -> Path:
         """Write the file; atomically, so that a reader never sees half of it."""
         file = machine_file()
-        file.parent.mkdir(parents=True, exist_ok=True)
         partial = file.with_suffix(f".{os.getpid()}.partial")
-        partial.write_text(json.dumps(asdict(self), indent=1))
-        partial.replace(file)
+        try:
+            file.parent.mkdir(parents=True, exist_ok=True)
+            partial.write_text(json.dumps(asdict(self), indent=1))
+            partial.replace(file)
+        except OSError as error:
+            with suppress(OSError):
+                partial.unlink()
+            raise TightfitError(f"cannot write `{file}`: {error.strerror}", hint="name another folder with `TIGHTFIT_HOME`") from error
         return file
+
+    @property
+    def rates(self) -> tuple[float, ...]:
+        """All rates, bytes or operations per second."""
+        fixed = (self.flops, self.memory_bandwidth, self.gpu_flops, self.gpu_bandwidth, self.disk_bandwidth, self.link_bandwidth)
+        return (*fixed, *self.encode_bandwidth.values())
+
+    def encode_seconds(self, dense_bytes: int, names: Iterable[str]) -> float:
+        """How long the techniques among `names` that were probed take to encode `dense_bytes`."""
+        return sum(dense_bytes / self.encode_bandwidth[name] for name in names if name in self.encode_bandwidth)
 
     def overhead(self, tier: str, tensor_bytes: int, libraries: frozenset[str] = frozenset()) -> int:
         """Bytes of `tier` that no tensor shows, for a run whose tensors hold `tensor_bytes` there."""
@@ -62,5 +85,3 @@ def machine_file() -> Path:
     """Where the probe's result is kept: `TIGHTFIT_HOME`, else `~/.cache/tightfit`."""
     home = os.environ.get("TIGHTFIT_HOME") or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "tightfit"
     return Path(home) / "machine.json"
-
-

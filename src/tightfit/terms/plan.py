@@ -10,6 +10,7 @@ from typing import Any
 from tightfit.terms.budget import Budget
 from tightfit.terms.errors import TightfitError
 from tightfit.terms.footprint import total
+from tightfit.terms.restore import restore
 from tightfit.terms.workload import Workload
 
 FORMAT = 1
@@ -81,15 +82,12 @@ class Plan:
     def from_json(cls, values: Mapping[str, Any]) -> "Plan":
         """The plan of `to_json`. Raises `TightfitError` for anything else."""
         try:
-            if values["format"] > FORMAT:
+            if restore(int, values["format"]) > FORMAT:
                 raise TightfitError("the plan was made by a newer tightfit", hint="upgrade, or plan again")
-            kept = {name: values[name] for name in cls.__dataclass_fields__}
-            kept["workload"] = Workload(**kept["workload"])
-            kept["budget"] = Budget(**kept["budget"])
-            kept["turned_down"] = tuple(TurnedDown(tuple(item["techniques"]), item["reason"]) for item in kept["turned_down"])
-            for name in ("residency", "reasons", "notes"):
-                kept[name] = tuple(kept[name])
-            return cls(**kept)
+            plan: Plan = restore(cls, values)
+            if plan.tensor_bytes() <= 0 or not set(plan.residency) <= {"gpu", "ram", "disk"}:
+                raise TypeError("blocks without a tier")
+            return plan
         except (KeyError, TypeError) as error:
             raise TightfitError("this is not a plan of tightfit", hint="write one with `tightfit plan MODEL --save plan.json`") from error
 

@@ -4,8 +4,10 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from tightfit.terms.errors import TightfitError
 from tightfit.terms.footprint import total
 from tightfit.terms.plan import Plan
+from tightfit.terms.restore import restore
 
 TOLERANCE = 0.05
 """A measurement further than this from the plan is a warning, and a bug in tightfit."""
@@ -68,6 +70,14 @@ class Report:
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> "Report":
-        """The report of `to_json`."""
-        kept = {name: values[name] for name in cls.__dataclass_fields__ if name in values}
-        return cls(**{**kept, "plan": Plan.from_json(values["plan"])})
+        """The report of `to_json`. Raises `TightfitError` for anything else."""
+        try:
+            Plan.from_json(values["plan"])
+            report: Report = restore(cls, values)
+            if missing := {"load_peak", "run_peak"} - report.process.keys() | {"load", "first_token", "per_token"} - report.seconds.keys():
+                raise TypeError(f"without {', '.join(sorted(missing))}")
+        except (KeyError, TypeError) as error:
+            raise TightfitError(
+                "this is not a report of tightfit", hint="write one with `tightfit run … --save-report report.json`"
+            ) from error
+        return report

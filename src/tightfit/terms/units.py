@@ -1,6 +1,7 @@
 """Units: sizes as people write them, and the one function that shows bytes."""
 
 import re
+from fractions import Fraction
 
 from tightfit.terms.errors import TightfitError
 
@@ -29,11 +30,11 @@ def parse_size(text: str | int) -> int:
 
     Raises `TightfitError` for anything else, and for sizes that are not above zero.
     """
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-zA-Z]*)\s*", str(text))
+    match = re.fullmatch(r"\s*(\d{1,18}(?:\.\d{1,18})?)\s*([a-zA-Z]*)\s*", str(text), re.ASCII)
     factor = _FACTOR.get(match[2].lower()) if match else None
     if match is None or factor is None:
         raise TightfitError(f"`{text}` is not a size", hint="write a number and a unit, such as `6GiB`, `6GB` or `800MiB`")
-    size = int(float(match[1]) * factor)
+    size = int(Fraction(match[1]) * factor)
     if size <= 0:
         raise TightfitError(f"a size of `{text}` leaves no room at all", hint="give a budget above zero, such as `2GiB`")
     return size

@@ -75,15 +75,19 @@ def run_row(name: str, row: Row, folders: Mapping[str, str], settings: Mapping[s
         def child(way: str, *before: str) -> Row:
             return run_child([*before, *command, way], settings["threads"], settings["timeout_seconds"])
 
-        found = child("allocator")
-        result = found | child("process") if "error" not in found else found
-        if row["under_kernel_limit"] and "error" not in result:
-            result |= under_limit(result["budget_bytes"], child)
+        result = child("allocator")
+        if "error" not in result:
+            alone = child("process")
+            result["error"] = result["predicted_peak_bytes"] / result["measured_peak_bytes"] - 1
+            result["fault"] = alone.get("error", "")
+            result["process_peak_bytes"] = alone.get("process_peak_bytes")
+            result["over_budget"] = bool(result["fault"]) or result["process_peak_bytes"] > result["budget_bytes"]
+            if row["under_kernel_limit"]:
+                result["kernel_limit"] = under_limit(result["budget_bytes"], child)
+        else:
+            result["fault"] = result.pop("error")
     result = row | {"name": name} | result | {"wall_seconds": round(time.monotonic() - began, 1)}
     result.pop("shape")
-    if "error" not in result:
-        result["error_share"] = result["predicted_peak_bytes"] / result["measured_peak_bytes"] - 1
-        result["over_budget"] = result["process_peak_bytes"] > result["budget_bytes"]
     say(_line(result))
     return result
 
@@ -95,23 +99,23 @@ def under_limit(budget_bytes: int, child: Any) -> Row:
             found = child("process", "/bin/sh", "-c", JOIN, str(group / "cgroup.procs"))
             peak = int((group / "memory.max_usage_in_bytes").read_text())
     except CgroupUnavailable as reason:
-        return {"kernel_limit": {"skipped": str(reason)}}
-    return {"kernel_limit": {"limit_bytes": budget_bytes, "peak_bytes": peak, "finished": "error" not in found, "fault": found.get("error", "")}}
+        return {"skipped": str(reason)}
+    return {"limit_bytes": budget_bytes, "peak_bytes": peak, "finished": "error" not in found, "fault": found.get("error", "")}
 
 
 def _line(row: Row) -> str:
-    if "error" in row:
-        return f"FAILED {row['name']}: {row['error']} {row.get('details', '')}"
-    limit = {None: "", True: " finished under the kernel's limit", False: " KILLED at the kernel's limit"}[row.get("kernel_limit", {}).get("finished")]
+    if "error" not in row:
+        return f"FAILED {row['name']}: {row['fault']} {row.get('details', '')}"
+    limit = {None: "", True: "; finished under the kernel's limit", False: "; STOPPED at the kernel's limit"}[row.get("kernel_limit", {}).get("finished")]
+    share = row["fault"] or f"{row['process_peak_bytes'] / row['budget_bytes']:.1%} of budget"
     over = " OVER BUDGET" if row["over_budget"] else ""
-    share = row["process_peak_bytes"] / row["budget_bytes"]
-    return f"{row['error_share']:+7.2%}  {share:6.1%} of budget  {row['wall_seconds']:5.0f} s  {row['name']}{over}{limit}"
+    return f"{row['error']:+7.2%}  {row['name']}: {share}{over}{limit} ({row['wall_seconds']:.0f} s)"
 
 
 def summary(rows: list[Row]) -> Row:
     """What the question asks: the median and the worst error, and how many budgets were broken."""
-    done = [row for row in rows if "error" not in row]
-    errors = sorted(abs(row["error_share"]) for row in done)
+    done = [row for row in rows if "error" in row]
+    errors = sorted(abs(row["error"]) for row in done)
     limited = [row["kernel_limit"] for row in done if row.get("kernel_limit", {}).get("finished") is not None]
     return {
         "rows": len(rows),
@@ -121,7 +125,7 @@ def summary(rows: list[Row]) -> Row:
         "over_budget": sum(row["over_budget"] for row in done),
         "under_kernel_limit": len(limited),
         "finished_under_kernel_limit": sum(limit["finished"] for limit in limited),
-        "smallest_budget_margin": min((1 - row["process_peak_bytes"] / row["budget_bytes"] for row in done), default=None),
+        "fullest_budget": max((row["process_peak_bytes"] / row["budget_bytes"] for row in done if row["process_peak_bytes"]), default=None),
     }
 
 
@@ -135,7 +139,7 @@ def main() -> None:
     facts = machine_facts(settings["threads"])
     facts["probed"] = ensure_probed(settings["threads"])
     rows, before = rows_of(settings), {row["name"]: row for row in read_result(RESULT).get("rows", [])}
-    kept = {name for name in rows if name in before and ((args.missing and "error" not in before[name]) or args.only not in name)}
+    kept = {name for name in rows if name in before and ((args.missing and not before[name]["fault"]) or args.only not in name)}
     wanted = [name for name in rows if name not in kept and args.only in name]
     folders = {rows[name]["model"]: prepare_shape(rows[name]["shape"], settings["threads"]) for name in wanted if rows[name]["shape"]}
     with ThreadPoolExecutor(args.lanes or settings["lanes"]) as lanes:

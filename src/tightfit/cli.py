@@ -48,7 +48,7 @@ def plan_command(
 ) -> None:
     """Say beforehand what a model will take and how fast it will be, without loading a weight."""
     workload = Workload(_task(task), batch, context, max_new_tokens)
-    planned = _plan(model, workload, Budget.parse(gpu, ram, disk), quality, technique, random_weights)
+    planned = _plan(model, workload, Budget.parse(gpu, ram, disk), quality, technique, random_weights, alternatives=True)
     if save:
         _write(save, planned.to_json())
     _print(planned.to_json(), as_json) or _show().show_plan(planned, out)
@@ -231,12 +231,14 @@ def _task(name: str) -> Any:
     return name
 
 
-def _plan(model: str, workload: Workload, budget: Budget, quality: str, technique: list[str] | None, random_weights: bool) -> Plan:
+def _plan(
+    model: str, workload: Workload, budget: Budget, quality: str, technique: list[str] | None, random_weights: bool, alternatives: bool = False
+) -> Plan:
     _quiet()
     from tightfit import verbs
 
     with talk.status(f"rehearsing {model}"):
-        return verbs.plan(model, workload, budget, quality, technique or (), random_weights)  # type: ignore[arg-type]
+        return verbs.plan(model, workload, budget, quality, technique or (), random_weights, None, alternatives)  # type: ignore[arg-type]
 
 
 def _plan_prompt(

@@ -39,6 +39,15 @@ class Transform(Protocol):
 
 
 @runtime_checkable
+class Settles(Protocol):
+    """A technique with settings that are left to the machine (`auto`). The planner decides them, so that a plan means one thing."""
+
+    def settled(self, device: str) -> Transform:
+        """The same technique for a run on `device` (`cpu` or `cuda`) of this machine, with nothing left open."""
+        ...
+
+
+@runtime_checkable
 class Absorbs(Protocol):
     """A module whose weights rest in another form than they are stored. It takes a dense tensor and keeps its own form of it."""
 

@@ -38,7 +38,7 @@ def demo(out: Console, talk: Console) -> None:
         f"`{MODEL}` weighs {show_bytes(skeleton.weight_bytes())}. Python and its libraries hold {show_bytes(held)} already; "
         f"the budget allows {show_bytes(ROOM)} more."
     )
-    plan = verbs.plan(MODEL, Workload(tokens=16, new_tokens=80), budget, machine=machine)
+    plan = verbs.plan(MODEL, Workload(tokens=16, new_tokens=80), budget, machine=machine, alternatives=False)
     show.show_plan(plan, out)
     out.rule("2  the text, while its blocks stream from disk")
 
@@ -61,4 +61,4 @@ def warm_up() -> None:
     from tightfit import verbs
     from tightfit.runtime.generate import Sampling
 
-    verbs.run(verbs.plan(MODEL, Workload(tokens=16, new_tokens=8), Budget.here()), PROMPT, Sampling(temperature=0.7))
+    verbs.run(verbs.plan(MODEL, Workload(tokens=16, new_tokens=8), Budget.here(), alternatives=False), PROMPT, Sampling(temperature=0.7))

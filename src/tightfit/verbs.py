@@ -36,10 +36,11 @@ def plan(
     techniques: Asked = (),
     random_weights: bool = False,
     machine: Machine | None = None,
+    alternatives: bool = True,
 ) -> Plan:
     """Say beforehand what will happen: the fastest way to do `workload` inside `budget`, its bytes by tier and kind, and its pace.
 
-    No weight is read. Raises `DoesNotFit` when nothing stays inside the budget, and `TightfitError` for faults of the input.
+    No weight is read. With `alternatives` the plan also says what other qualities would give. Raises `DoesNotFit` when nothing stays inside the budget, and `TightfitError` for faults of the input.
     """
     workload, budget = workload or Workload(), budget or Budget.here()
     if quality not in QUALITIES:
@@ -47,7 +48,7 @@ def plan(
     skeleton = model if isinstance(model, Skeleton) else describe(model, workload.task, random_weights=random_weights)
     check_length(skeleton.config.get_text_config(), workload.context)
     available = {name: kind for name, kind in catalog.techniques().items() if name != "offload"}
-    request = Request(skeleton, workload, budget, quality, _settings(techniques), random_weights)
+    request = Request(skeleton, workload, budget, quality, _settings(techniques), random_weights, alternatives)
     return choose(request, machine or Machine.here(), available | {"offload": catalog.technique("offload")})
 
 

@@ -3,12 +3,14 @@
 import json
 import os
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
 from tightfit.formats.image import TensorRecord
 from tightfit.terms.errors import TightfitError
+from tightfit.terms.restore import restore
 
 _DTYPES = {
     "F64": torch.float64,
@@ -26,6 +28,15 @@ _DTYPES = {
 }
 _LARGEST_HEADER = 100_000_000
 """Bytes; the limit that the safetensors library sets itself."""
+
+
+@dataclass(frozen=True)
+class _Entry:
+    """One tensor in a header, as safetensors writes it; offsets count from the end of the header."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    data_offsets: tuple[int, ...]
 
 
 def read_checkpoint(folder: Path) -> dict[str, TensorRecord]:
@@ -58,24 +69,25 @@ def read_header(file: Path) -> dict[str, TensorRecord]:
                 raise TightfitError(f"`{file}` is not a safetensors file", hint="the download may be broken; fetch it again")
             header = json.loads(stream.read(length))
             size = os.fstat(stream.fileno()).st_size
+        entries = restore(Mapping[str, _Entry], {name: entry for name, entry in header.items() if name != "__metadata__"})
+        return {name: _record(file, name, entry, 8 + length, size) for name, entry in entries.items()}
     except OSError as error:
         raise TightfitError(f"cannot read `{file}`: {error.strerror}") from error
-    except ValueError as error:
+    except (ValueError, TypeError, AttributeError) as error:
         raise TightfitError(f"the header of `{file}` is damaged", hint="the file may be truncated; fetch it again") from error
-    header.pop("__metadata__", None)
-    return {name: _record(file, name, entry, 8 + length, size) for name, entry in header.items()}
 
 
-def _record(file: Path, name: str, entry: Mapping[str, object], start: int, size: int) -> TensorRecord:
-    dtype = _DTYPES.get(str(entry["dtype"]))
+def _record(file: Path, name: str, entry: "_Entry", start: int, size: int) -> TensorRecord:
+    dtype, shape = _DTYPES.get(entry.dtype), entry.shape
     if dtype is None:
-        raise TightfitError(f"`{name}` in `{file}` has the unknown dtype {entry['dtype']}")
-    begin, end = entry["data_offsets"]  # type: ignore[misc]
+        raise TightfitError(f"`{name}` in `{file}` has the unknown dtype {entry.dtype}")
+    begin, end = entry.data_offsets
+    if not 0 <= begin <= end or min(shape, default=0) < 0:
+        raise ValueError(f"`{name}` has {entry}")
     if start + end > size:
         raise TightfitError(
             f"`{file}` is truncated: `{name}` ends at byte {start + end}, the file at {size}", hint="fetch the file again; nothing was loaded"
         )
-    shape = tuple(entry["shape"])  # type: ignore[arg-type]
     if torch.Size(shape).numel() * dtype.itemsize != end - begin:
         raise TightfitError(f"`{name}` in `{file}` has {end - begin} bytes, its shape {list(shape)} needs another number", hint="fetch the file again")
     return TensorRecord(file=str(file), offset=start + begin, nbytes=end - begin, dtype=dtype, shape=shape)
@@ -83,8 +95,10 @@ def _record(file: Path, name: str, entry: Mapping[str, object], start: int, size
 
 def _read_sharded(folder: Path, index: Path) -> dict[str, TensorRecord]:
     try:
-        weight_map: dict[str, str] = json.loads(index.read_text())["weight_map"]
-    except (ValueError, KeyError) as error:
+        weight_map: dict[str, str] = restore(Mapping[str, str], json.loads(index.read_text())["weight_map"])
+    except OSError as error:
+        raise TightfitError(f"cannot read `{index}`: {error.strerror}") from error
+    except (ValueError, KeyError, TypeError) as error:
         raise TightfitError(f"`{index}` is not an index of shards", hint="fetch it again") from error
     missing = sorted({shard for shard in weight_map.values() if not (folder / shard).exists()})
     if missing:

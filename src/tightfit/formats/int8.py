@@ -15,7 +15,8 @@ LARGEST_CODE = 127
 
 KERNEL_TOKENS = {"cpu": 16, "cuda": 8}
 """Most tokens for which `_weight_int8pack_mm` beats slices. CPU, bfloat16, 4096 x 4096, one thread: 1.2 ms against 6.2 at one token,
-7.7 against 8.3 at 16, 17 against 11 at 32; dense takes 3.0, 4.8 and 7.3. CUDA: not measured; the kernel makes a float32 copy of its input, so it stays with decoding."""
+7.7 against 8.3 at 16, 17 against 11 at 32; dense takes 3.0, 4.8 and 7.3. CUDA: not measured; the kernel reads the codes once for every
+token, so it stays with few."""
 
 KERNEL_COLUMNS = 16
 """The CPU kernel reads this many columns at a time, and past the end of a row (wrong results, no error) where they do not divide it."""

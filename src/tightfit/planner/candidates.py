@@ -1,10 +1,10 @@
 """Candidates: the sets of techniques worth rehearsing for a workload, by what they promise and not by their names."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
-from tightfit.contracts import QUALITIES, Quality, Stage, Transform
+from tightfit.contracts import QUALITIES, Quality, Settles, Stage, Transform
 from tightfit.terms.workload import Workload
 
 Settings = Mapping[str, Any]
@@ -28,8 +28,8 @@ class Candidate:
         return any(technique.stage == Stage.RECOMPUTE for technique in self.techniques)
 
 
-def candidates(workload: Workload, available: Mapping[str, type[Any]], asked: Mapping[str, Settings]) -> list[Candidate]:
-    """All candidates, best quality first.
+def candidates(workload: Workload, available: Mapping[str, type[Any]], asked: Mapping[str, Settings], device: str) -> list[Candidate]:
+    """All candidates for a run on `device` (`cpu` or `cuda`), best quality first.
 
     `asked` techniques are in every one. A quantization is added only where none was asked for, and only for work without
     gradients, since a quantized weight is frozen; recomputation is added as an alternative for tuning.
@@ -41,7 +41,7 @@ def candidates(workload: Workload, available: Mapping[str, type[Any]], asked: Ma
     if workload.task == "tune" and not _has_stage(asked, available, Stage.RECOMPUTE):
         recomputations += [{name: {}} for name, kind in available.items() if kind.stage == Stage.RECOMPUTE]
     found = [
-        _candidate({**asked, **quantization, **recomputation}, available)
+        _candidate({**asked, **quantization, **recomputation}, available, device)
         for quantization in quantizations
         for recomputation in recomputations
     ]
@@ -59,10 +59,17 @@ def _only_asked_lowers(candidate: Candidate, asked: Mapping[str, Settings]) -> b
     return bool(asked) and all(technique.quality == "exact" for technique in added)
 
 
-def _candidate(settings: Mapping[str, Settings], available: Mapping[str, type[Any]]) -> Candidate:
-    techniques = tuple(available[name](**values) for name, values in settings.items())
-    quality = max((technique.quality for technique in techniques), key=QUALITIES.index, default="exact")
-    return Candidate(settings, techniques, quality)
+def _candidate(settings: Mapping[str, Settings], available: Mapping[str, type[Any]], device: str) -> Candidate:
+    made = {name: available[name](**values) for name, values in settings.items()}
+    techniques = {name: technique.settled(device) if isinstance(technique, Settles) else technique for name, technique in made.items()}
+    decided = {name: _changed(technique) for name, technique in techniques.items()}
+    quality: Quality = max((technique.quality for technique in techniques.values()), key=QUALITIES.index, default="exact")
+    return Candidate(decided, tuple(techniques.values()), quality)
+
+
+def _changed(technique: Transform) -> Settings:
+    """The settings that are not what they are by default."""
+    return {item.name: getattr(technique, item.name) for item in fields(technique) if getattr(technique, item.name) != item.default}  # type: ignore[arg-type]
 
 
 def _has_stage(asked: Mapping[str, Settings], available: Mapping[str, type[Any]], stage: Stage) -> bool:

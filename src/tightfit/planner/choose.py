@@ -6,6 +6,7 @@ It knows techniques only as values that it is given, and machines only as rates.
 from collections.abc import Mapping
 from typing import Any
 
+from tightfit.formats.codec import as_if_on
 from tightfit.planner.candidates import Candidate, allowed, candidates
 from tightfit.planner.explain import reasons, refusal
 from tightfit.planner.outcome import Outcome, Request
@@ -31,28 +32,41 @@ def choose(request: Request, machine: Machine, available: Mapping[str, type[Any]
     Raises `DoesNotFit` before any weight is read, with what is missing by kind and what would help.
     """
     asked = request.asked
-    outcomes: list[Outcome] = []
-    failures: list[TurnedDown] = []
-    for candidate in candidates(request.workload, available, asked):
-        try:
-            outcomes.append(_try(request, candidate, machine, available))
-        except TightfitError as error:
-            if set(candidate.settings) == set(asked):
-                raise
-            failures.append(TurnedDown(candidate.names, str(error)))
-    fitting = [outcome for outcome in outcomes if outcome.residency is not None]
-    choice = [outcome for outcome in fitting if allowed(outcome.candidate, request.quality, asked)]
+    device = "cuda" if request.budget.compute_tier == "gpu" else "cpu"
+    found = candidates(request.workload, available, asked, device)
+    wished = [candidate for candidate in found if allowed(candidate, request.quality, asked)]
+    outcomes, failures = _try_all(request, wished, machine, available)
+    choice = [outcome for outcome in outcomes if outcome.residency is not None]
+    if request.alternatives or not choice:
+        others, more = _try_all(request, [candidate for candidate in found if candidate not in wished], machine, available)
+        outcomes, failures = outcomes + others, failures + more
     if not choice:
         raise refusal(request, outcomes)
     best = min(choice, key=lambda outcome: outcome.pace.whole)
-    others = [_turned_down(outcome, best, request) for outcome in outcomes if outcome is not best]
-    return _plan(request, best, machine, (*others, *failures))
+    turned_down = [_turned_down(outcome, best, request) for outcome in outcomes if outcome is not best]
+    return _plan(request, best, machine, (*turned_down, *failures))
+
+
+def _try_all(
+    request: Request, found: list[Candidate], machine: Machine, available: Mapping[str, type[Any]]
+) -> tuple[list[Outcome], list[TurnedDown]]:
+    """Outcomes, and the candidates that this model does not take. What the user asked for by name must work."""
+    outcomes, failures = [], []
+    for candidate in found:
+        try:
+            outcomes.append(_try(request, candidate, machine, available))
+        except TightfitError as error:
+            if set(candidate.settings) == set(request.asked):
+                raise
+            failures.append(TurnedDown(candidate.names, str(error)))
+    return outcomes, failures
 
 
 def _try(request: Request, candidate: Candidate, machine: Machine, available: Mapping[str, type[Any]]) -> Outcome:
     skeleton, budget, fast = request.skeleton, request.budget, request.budget.compute_tier
-    footprint = rehearse(skeleton.meta_model, request.workload, candidate.techniques)
-    weights = weigh(skeleton, candidate.techniques, request.random_weights)
+    with as_if_on("cuda" if fast == "gpu" else "cpu"):
+        footprint = rehearse(skeleton.meta_model, request.workload, candidate.techniques)
+        weights = weigh(skeleton, candidate.techniques, request.random_weights)
     beside = max(total(parts) - parts.get("weights", 0) for parts in footprint.phases.values())
     beside = max(beside, weights.load_scratch)
     libraries = weights.libraries

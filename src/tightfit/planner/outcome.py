@@ -24,6 +24,7 @@ class Request:
     quality: Quality = "exact"
     asked: Mapping[str, Settings] = field(default_factory=dict)
     random_weights: bool = False
+    alternatives: bool = True  # also say what other qualities would give; costs their rehearsals
 
 
 @dataclass(frozen=True)

@@ -52,7 +52,7 @@ def settle(block_bytes: Sequence[int], fast: str, room: Mapping[str, int], slots
 
 
 def _second_homes(block_bytes: Sequence[int], streamed: Sequence[int], fast: str, room: Mapping[str, int]) -> dict[int, str] | None:
-    """RAM or disk for each streamed block; None when the disk has no room for the rest."""
+    """RAM or disk for each streamed block; None when the disk has no room for the rest, or RAM not even for what runs there besides."""
     for count in range(len(streamed) if fast == "gpu" else 0, -1, -1):
         kept = {streamed[place] for place in resident(len(streamed), count)}
         rest = [position for position in streamed if position not in kept]
@@ -60,4 +60,4 @@ def _second_homes(block_bytes: Sequence[int], streamed: Sequence[int], fast: str
             if sum(block_bytes[position] for position in rest) > room.get("disk", 0):
                 return None
             return {position: "ram" if position in kept else "disk" for position in streamed}
-    return {}
+    return None

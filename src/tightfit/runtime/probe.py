@@ -14,14 +14,10 @@ import torch
 
 from tightfit import catalog
 from tightfit.contracts import Stage
-from tightfit.describe.blocks import blocks_of
 from tightfit.describe.source import describe
 from tightfit.runtime.build import build
 from tightfit.runtime.direct import DirectFiles, Readers, aligned_empty
-from tightfit.runtime.generate import generate
-from tightfit.runtime.process import keep_heap_tight, keep_quiet
 from tightfit.runtime.stream import Stream
-from tightfit.runtime.tokens import encode
 from tightfit.terms.budget import spill_folder
 from tightfit.terms.errors import TightfitError
 from tightfit.terms.machine import Machine
@@ -32,6 +28,7 @@ from tightfit.terms.workload import Workload
 Say = Callable[[str], None]
 """Told what is measured next."""
 
+_PROMPT = "The sea was calm that morning, and nobody on the shore could have said why."
 _DISK_FILE_BYTES = 512 * MIB
 
 
@@ -51,7 +48,7 @@ def probe(say: Say = lambda line: None) -> Machine:
     say("quantization")
     machine = replace(machine, encode_bandwidth=_encode_bandwidth())
     say("the process's own memory")
-    machine = replace(machine, overhead_ram=_overhead([]), overhead_bitsandbytes=0)
+    machine = replace(machine, overhead_ram=min(_overhead([]) for _ in range(2)))  # a first run may still compile Python files
     with_bitsandbytes = _overhead(["nf4"])
     machine = replace(machine, overhead_bitsandbytes=max(0, with_bitsandbytes - machine.overhead_ram))
     machine.save()
@@ -149,27 +146,12 @@ def _gpu_overhead() -> int:
 
 
 def _overhead(techniques: list[str]) -> int:
-    """The peak of a fresh process that writes a few tokens, less the tensors it holds."""
-    command = [sys.executable, "-m", "tightfit.runtime.probe", *techniques]
-    answer = subprocess.run(command, capture_output=True, text=True, check=False)
+    """The peak of a fresh `tightfit run` of the demo model, planning included, less the tensors it held."""
+    chosen = [word for name in techniques for word in ("--technique", name)]
+    words = ["run", "tightfit-demo", "--prompt", _PROMPT, "--max-new-tokens", "16", "--ram", "64GiB", "--json", *chosen]
+    answer = subprocess.run([sys.executable, "-m", "tightfit", *words], capture_output=True, text=True, check=False)
     if answer.returncode:
-        last = (answer.stderr.strip().splitlines() or ["no message"])[-1]
+        last = (answer.stderr.strip().splitlines() or ["no message"])[0]
         raise TightfitError(f"the probe's trial run failed: {last}")
-    return int(json.loads(answer.stdout.splitlines()[-1])["overhead"])
-
-
-def _trial(techniques: list[str]) -> None:
-    """Run the demo model as `tightfit run` does, and print what the process held beyond its tensors."""
-    keep_quiet()
-    keep_heap_tight()
-    skeleton = describe("tightfit-demo")
-    blocks = len(blocks_of(skeleton.meta_model()))
-    plan = Plan.all_resident(skeleton.name, Workload(tokens=64, new_tokens=32), blocks, {name: {} for name in techniques})
-    with build(plan, skeleton) as built:
-        prompt = encode(skeleton, "The sea was calm that morning, and nobody on the shore could have said why.")
-        report = generate(built, prompt)
-    print(json.dumps({"overhead": max(report.process.values()) - report.measured_bytes}))
-
-
-if __name__ == "__main__":
-    _trial(sys.argv[1:])
+    report = json.loads(answer.stdout)
+    return max(report["process"]["load_peak"], report["process"]["run_peak"]) - report["measured_peak_bytes"]

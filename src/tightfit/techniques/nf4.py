@@ -13,7 +13,7 @@ weight_nested_code, weight_offset; packed: weight_absmax (in / 64, out) bfloat16
 *Paper*: Dettmers et al. 2023, QLoRA, section 3.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import ClassVar
 
@@ -56,11 +56,16 @@ class NF4:
                 hint="`where` is searched in paths such as `model.layers.0.mlp.up_proj.weight`; quantized layers are not quantized again",
             )
 
+    def settled(self, device: str) -> "NF4":
+        """The layout that is fast on `device`."""
+        return replace(self, layout=_layout(self.layout, device))
 
-def _layout(asked: str) -> str:
+
+def _layout(asked: str, device: str = "") -> str:
     """`auto` is `packed` where this machine has no GPU and its CPU has the fused kernel. A plan for elsewhere names the layout."""
     from tightfit.formats.nf4 import has_packed_kernel
 
     if asked != "auto":
         return asked
-    return "packed" if has_packed_kernel() and not torch.cuda.is_available() else "standard"
+    on_gpu = device == "cuda" if device else torch.cuda.is_available()
+    return "packed" if has_packed_kernel() and not on_gpu else "standard"

@@ -39,7 +39,7 @@ AVAILABLE = {"two": Two, "eight": Eight, "again": Again, "turns": Turns}
 
 
 def tried(task: str, asked: dict[str, dict[str, object]] | None = None) -> list[tuple[str, ...]]:
-    return [candidate.names for candidate in candidates(Workload(task), AVAILABLE, asked or {})]
+    return [candidate.names for candidate in candidates(Workload(task), AVAILABLE, asked or {}, "cpu")]
 
 
 @pytest.mark.parametrize("task", ["generate", "embed"])
@@ -59,20 +59,20 @@ def test_what_was_asked_for_is_in_every_candidate():
 
 
 def test_settings_reach_the_technique():
-    (candidate,) = candidates(Workload("embed"), AVAILABLE, {"eight": {"where": "mlp"}})
+    (candidate,) = candidates(Workload("embed"), AVAILABLE, {"eight": {"where": "mlp"}}, "cpu")
     assert candidate.techniques == (Eight("mlp"),)
     assert candidate.settings == {"eight": {"where": "mlp"}}
 
 
 def test_quality_is_the_worst_of_all():
-    found = candidates(Workload("embed"), AVAILABLE, {"again": {}})
+    found = candidates(Workload("embed"), AVAILABLE, {"again": {}}, "cpu")
     assert [candidate.quality for candidate in found] == ["exact", "near", "small"]
     assert [candidate.recomputes() for candidate in found] == [True, True, True]
-    assert not candidates(Workload("embed"), AVAILABLE, {})[0].recomputes()
+    assert not candidates(Workload("embed"), AVAILABLE, {}, "cpu")[0].recomputes()
 
 
 def test_a_wished_quality_allows_itself_and_better():
-    stored, eight, two = candidates(Workload("generate"), AVAILABLE, {})
+    stored, eight, two = candidates(Workload("generate"), AVAILABLE, {}, "cpu")
     assert [[allowed(candidate, wished, {}) for wished in ("exact", "near", "small")] for candidate in (stored, eight, two)] == [
         [True, True, True],
         [False, True, True],
@@ -82,10 +82,10 @@ def test_a_wished_quality_allows_itself_and_better():
 
 def test_what_was_asked_for_by_name_is_allowed_whatever_the_quality():
     asked = {"two": {}}
-    assert [allowed(candidate, "exact", asked) for candidate in candidates(Workload("tune"), AVAILABLE, asked)] == [True, True]
+    assert [allowed(candidate, "exact", asked) for candidate in candidates(Workload("tune"), AVAILABLE, asked, "cpu")] == [True, True]
 
 
 def test_asking_for_one_technique_does_not_allow_another():
     asked = {"again": {}}
-    found = {candidate.names: allowed(candidate, "exact", asked) for candidate in candidates(Workload("generate"), AVAILABLE, asked)}
+    found = {candidate.names: allowed(candidate, "exact", asked) for candidate in candidates(Workload("generate"), AVAILABLE, asked, "cpu")}
     assert found == {("again",): True, ("again", "eight"): False, ("again", "two"): False}

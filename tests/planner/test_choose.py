@@ -14,6 +14,7 @@ from tightfit.planner import choose as choosing
 from tightfit.planner.choose import SLOT_SLACK, choose
 from tightfit.planner.outcome import Request
 from tightfit.planner.residency import resident
+from tightfit.planner.weigh import weigh
 from tightfit.rehearse.rehearsal import rehearse
 from tightfit.terms.budget import Budget
 from tightfit.terms.errors import DoesNotFit, TightfitError
@@ -98,13 +99,13 @@ def test_with_less_room_blocks_stream_and_the_others_stay_in_between():
 
 def test_too_little_room_is_refused_with_what_is_missing_and_a_hint_that_works():
     with pytest.raises(DoesNotFit) as caught:
-        planned(ram=4_000_000 - 600_000)
+        planned(ram=MACHINE.overhead_ram + 10_000)
     error = caught.value
-    assert re.match(r"`llama` needs [\d.]+ [KMG]iB on ram to write text.*; the budget is 3.2 MiB$", str(error))
+    assert re.match(r"`llama` needs [\d.]+ [KMG]iB on ram to write text.*; the budget is 2.9 MiB$", str(error))
     told = dict(re.findall(r"(\w+) ([\d.]+ \w?i?B)", error.details))
     assert set(told) <= set(KINDS) and {"weights", "overhead"} <= set(told)
     need = parse_size(re.search(r"needs ([\d.]+ \w+)", str(error))[1])
-    assert sum(parse_size(size) for size in told.values()) == pytest.approx(need, rel=0.02)
+    assert sum(parse_size(size) for size in told.values()) == pytest.approx(need, rel=0.05)
     assert "--ram" in error.hint
 
 
@@ -112,47 +113,48 @@ def test_too_little_room_is_refused_with_what_is_missing_and_a_hint_that_works()
 @pytest.mark.parametrize("quality", ["exact", "near", "small"])
 @pytest.mark.parametrize("tier", ["ram", "gpu"])
 def test_every_refusals_hint_works(workload, quality, tier):
-    """Follow the hint literally; the next try fits, or is refused with another hint that fits."""
-    other = {"gpu": PLENTY} if tier == "gpu" else {}
-    for cap in (1_000_000, 3_100_000, 3_300_000, 3_500_000):
-        said = {"ram": PLENTY, **other, tier: cap, "quality": quality}
-        with pytest.raises(DoesNotFit) as caught:
-            planned(workload, **said)
+    """What the hint says is typed, word by word, until the plan fits; every refusal says something new."""
+    fixed = MACHINE.overhead_gpu if tier == "gpu" else MACHINE.overhead_ram
+    for room in (-900_000, 0, 50_000, 200_000, 300_000):
+        said = {"ram": 0 if tier == "gpu" else PLENTY, "disk": 0, tier: fixed + room, "quality": quality}
+        hints = []
         while True:
-            hint = dict(re.findall(r"--(\w+) ([\w.]+)", caught.value.hint))
-            assert set(hint) <= {"ram", "gpu", "quality", "disk"}, caught.value.hint
-            said |= {name: value if name == "quality" else parse_size(value) for name, value in hint.items()}
             try:
                 plan = planned(workload, **said)
                 break
-            except DoesNotFit as again:
-                assert again.hint != caught.value.hint, again.hint
-                caught.value = again
+            except DoesNotFit as refused:
+                assert refused.hint not in hints
+                hints.append(refused.hint)
+                told = dict(re.findall(r"--(\w+) ([\w.]+)", refused.hint))
+                assert told and set(told) <= {"ram", "gpu", "quality", "disk"}, refused.hint
+                said |= {name: value if name == "quality" else parse_size(value) for name, value in told.items()}
+        assert len(hints) >= (room <= 0)
+        assert len(hints) <= 3
         assert plan.predicted_bytes(tier) <= said[tier]
-        assert plan.predicted_bytes(tier) > cap or plan.quality != quality
 
 
-BUDGETS = [3_000_000 + room * 12_000 for room in range(0, 60, 3)]
+ROOMS = [*range(0, 600_000, 36_000), 1_200_000, 2_000_000, 4_000_000]
 
 
 @pytest.mark.parametrize("tier", ["ram", "gpu"])
 @pytest.mark.parametrize("workload", [GENERATE, TUNE], ids=str)
 def test_more_room_is_never_slower_and_every_tier_is_kept(workload, tier):
-    before = None
-    for cap in BUDGETS:
-        for ram, disk in [(PLENTY, PLENTY), (3_250_000, 250_000), (3_150_000, 100_000), (2_000_000, PLENTY)] if tier == "gpu" else [(cap, PLENTY)]:
-            budget = Budget(ram, cap if tier == "gpu" else 0, disk)
+    behind = [(PLENTY, PLENTY), (20_300_000, 250_000), (20_150_000, 100_000), (2_000_000, PLENTY)] if tier == "gpu" else [(0, PLENTY), (0, 150_000)]
+    for ram, disk in behind:
+        before = None
+        for room in ROOMS:
+            gpu = MACHINE.overhead_gpu + room if tier == "gpu" else 0
+            budget = Budget(ram or MACHINE.overhead_ram + room, gpu, disk)
             try:
                 plan = planned(workload, budget.ram, budget.gpu, budget.disk, "near")
             except DoesNotFit:
-                assert before is None or ram != PLENTY, "what fitted before must fit with more room"
+                assert before is None, "what fitted before must fit with more room"
                 continue
-            assert all(0 < plan.predicted_bytes(tier) <= budget.bytes_of(tier) for tier in plan.predicted), (budget, plan.predicted)
-            if (ram, disk) in ((PLENTY, PLENTY), (cap, PLENTY)):
-                pace = plan.seconds.get("step") or plan.seconds["prefill"] + (workload.new_tokens - 1) * plan.seconds["token"]
-                assert before is None or pace <= before
-                before = pace
-    assert before is not None
+            assert all(0 < plan.predicted_bytes(held) <= budget.bytes_of(held) for held in plan.predicted), (budget, plan.predicted)
+            pace = plan.seconds.get("step") or plan.seconds["prefill"] + (workload.new_tokens - 1) * plan.seconds["token"]
+            assert before is None or pace <= before
+            before = pace
+        assert (before is None) == (ram == 2_000_000), "only where RAM holds not even the process nothing ever fits"
 
 
 def test_near_takes_few_bits_where_they_let_all_blocks_stay():
@@ -206,17 +208,17 @@ def test_what_streams_in_another_form_needs_the_disk():
     assert "--disk" in caught.value.hint or "--ram" in caught.value.hint
 
 
-@pytest.mark.parametrize("family", ["llama", "mixtral"])
-def test_a_checkpoint_needs_the_disk_only_where_its_blocks_are_converted(family, saved):
+def test_a_checkpoint_needs_the_disk_only_where_its_blocks_do_not_lie_in_it(saved):
     """Plain blocks are read from the model's own files; experts that transformers fuses are joined into a spill file."""
-    described = describe(str(saved(family)))
-    cap = planned(model=described, names=["offload"]).predicted_bytes("ram") - 1
-    if family == "llama":
-        assert "disk" not in planned(ram=cap, disk=1, model=described, names=["offload"]).predicted
-    else:
-        with pytest.raises(DoesNotFit):
-            planned(ram=cap, disk=1, model=described, names=["offload"])
-        assert planned(ram=cap, model=described, names=["offload"]).predicted["disk"]["weights"] > 0
+    plain, fused = describe(str(saved("llama"))), describe(str(saved("mixtral")))
+    assert not weigh(plain, []).changed
+    assert weigh(plain, [], random_weights=True).changed
+    assert weigh(fused, []).changed and weigh(skeleton(), []).changed
+    cap = planned(model=fused, names=["offload"]).predicted_bytes("ram") - 1
+    spilled = planned(ram=cap, model=fused, names=["offload"]).predicted["disk"]["weights"]
+    assert planned(ram=cap, disk=spilled, model=fused, names=["offload"]).predicted["disk"]["weights"] == spilled > 0
+    with pytest.raises(DoesNotFit):
+        planned(ram=cap, disk=spilled - 1, model=fused, names=["offload"])
 
 
 def test_ram_behind_a_gpu_holds_what_streams_and_the_process():

@@ -6,7 +6,7 @@ from decimal import Decimal
 import pytest
 
 from tightfit.terms.errors import TightfitError
-from tightfit.terms.units import parse_size, show_bytes, show_seconds
+from tightfit.terms.units import enough, parse_size, show_bytes, show_seconds
 
 FACTORS = {"": 1, "B": 1, "kB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 FACTORS |= {"KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40, "k": 2**10, "m": 2**20, "g": 2**30, "t": 2**40}
@@ -76,6 +76,12 @@ def test_bytes_are_shown_in_the_largest_unit_that_they_fill():
 def test_shown_bytes_are_a_size_again():
     for size in [1, 1023, 1025, 3 * 2**19, 7 * 2**28, 5 * 2**32 + 12345]:
         assert parse_size(show_bytes(size).replace(" ", "")) == pytest.approx(size, rel=0.05)
+
+
+def test_enough_is_a_size_that_holds_it_and_hardly_more():
+    random.seed(1)
+    for size in [1, 1023, 1024, 1025, 2**20 - 1, 2**20, 2**30 - 1, 2**30, *(random.randint(1, 2 ** random.randint(1, 45)) for _ in range(2000))]:
+        assert size <= parse_size(enough(size)) <= size * 1.01 + 1
 
 
 def test_seconds_are_shown_for_people():

@@ -111,6 +111,8 @@ class Codec(ABC):
         slices = self.slices(shape, x.dtype, device_of(x))
         if len(slices) == 1:
             return torch.mm(x, self.decode(tensors, shape, 0, shape[0], x.dtype).t())
+        if isinstance(x, FakeTensor):
+            return rehearsed_product(x, list(tensors), *shape, self.transposed_bytes(device_of(x), x.dtype, shape), transposed=False)
         result = x.new_empty(x.shape[0], shape[0])
         for start, stop in slices:
             torch.mm(x, self.decode(tensors, shape, start, stop, x.dtype).t(), out=result[:, start:stop])
@@ -118,8 +120,11 @@ class Codec(ABC):
 
     def product_transposed(self, x: Tensor, tensors: Sequence[Tensor], shape: Shape) -> Tensor:
         """`x @ dense`, slice by slice: the gradient of `product` for its input.  # (tokens, rows) → (tokens, columns)"""
+        slices = self.slices(shape, x.dtype, device_of(x))
+        if len(slices) > 1 and isinstance(x, FakeTensor):
+            return rehearsed_product(x, list(tensors), *shape, self.transposed_bytes(device_of(x), x.dtype, shape), transposed=True)
         result: Tensor | None = None
-        for start, stop in self.slices(shape, x.dtype, device_of(x)):
+        for start, stop in slices:
             left, right = x[:, start:stop], self.decode(tensors, shape, start, stop, x.dtype)
             result = torch.mm(left, right) if result is None else torch.addmm(result, left, right, out=result)
             del right  # else two slices would be alive while the next one is decoded
@@ -141,6 +146,20 @@ class Codec(ABC):
         """Bytes that `product_transposed` allocates beside its result."""
         start, stop = self.slices(shape, dtype, device)[0]
         return self.decode_bytes(shape, stop - start, dtype)
+
+
+@torch.library.custom_op("tightfit::rehearsed_product", mutates_args=())
+def rehearsed_product(x: Tensor, stored: list[Tensor], rows: int, columns: int, slice_bytes: int, transposed: bool) -> Tensor:
+    """Stands for a sliced product while it is rehearsed: walking through hundreds of equal slices would only take time.
+
+    `slice_bytes` is what one decoded slice holds, which `formats/workspace.py` adds to the peak.
+    """
+    raise RuntimeError("a rehearsed product has no values; it takes fake tensors only")
+
+
+@rehearsed_product.register_fake
+def _(x: Tensor, stored: list[Tensor], rows: int, columns: int, slice_bytes: int, transposed: bool) -> Tensor:
+    return x.new_empty(x.shape[0], columns if transposed else rows)
 
 
 def row_slices(rows: int, row_bytes: int, step: int, limit_bytes: int) -> list[tuple[int, int]]:

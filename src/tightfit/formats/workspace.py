@@ -66,6 +66,7 @@ WORKSPACE: dict[Any, Callable[[Arguments, Mapping[str, Any]], int]] = {
     torch.ops.tightfit.experts.default: _forward_bytes,
     torch.ops.tightfit.experts_backward.default: _backward_bytes,
     torch.ops.aten._weight_int8pack_mm.default: _int8pack_bytes,
+    torch.ops.tightfit.rehearsed_product.default: lambda args, kwargs: args[4],
 }
 """Operator → bytes that it allocates beside its results, from its arguments."""
 
@@ -76,11 +77,23 @@ def _experts_touched(args: Arguments, kwargs: Mapping[str, Any]) -> int:
     return int(sum(tensor.nbytes for tensor in stored) * hit) + sum(tensor.nbytes for tensor in args[: len(args) - 2])
 
 
+def _product_touched(args: Arguments, kwargs: Mapping[str, Any]) -> int:
+    x, stored, rows, columns, *_ = args
+    decoded = rows * columns * x.element_size()  # written to a slice and read from it; a slice of the CPU's stays in its cache
+    return x.nbytes + sum(tensor.nbytes for tensor in stored) + x.shape[0] * rows * x.element_size() + decoded
+
+
 TOUCHED: dict[Any, Callable[[Arguments, Mapping[str, Any]], int]] = {
     torch.ops.tightfit.experts.default: _experts_touched,
     torch.ops.tightfit.experts_backward.default: _experts_touched,
+    torch.ops.tightfit.rehearsed_product.default: _product_touched,
 }
 """Operator → bytes that it reads, where that is less than all of its arguments: experts that no token chooses stay untouched."""
+
+
+@register_flop_formula(torch.ops.tightfit.rehearsed_product, get_raw=True)
+def _product_flops(x: Any, stored: Any, rows: int, columns: int, slice_bytes: int, transposed: bool, **kwargs: Any) -> int:
+    return 2 * x.shape[0] * rows * columns
 
 
 @register_flop_formula(torch.ops.tightfit.experts, get_raw=True)

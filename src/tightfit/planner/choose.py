@@ -7,11 +7,12 @@ from collections.abc import Mapping
 from typing import Any
 
 from tightfit.formats.codec import as_if_on
+from tightfit.formats.image import PIECE_BYTES, READERS
 from tightfit.planner.candidates import Candidate, allowed, candidates
-from tightfit.planner.explain import reasons, refusal
+from tightfit.planner.explain import lacking, reasons, refusal
 from tightfit.planner.outcome import Outcome, Request
 from tightfit.planner.pace import pace
-from tightfit.planner.residency import Residency, settle
+from tightfit.planner.residency import Residency, least, settle
 from tightfit.planner.weigh import Weights, weigh
 from tightfit.rehearse.rehearsal import rehearse
 from tightfit.terms.errors import TightfitError
@@ -73,15 +74,18 @@ def _try(request: Request, candidate: Candidate, machine: Machine, available: Ma
     streams = request.workload.task != "tune" or (candidate.recomputes() and weights.frozen_blocks)
     room = {
         "gpu": _room(machine, "gpu", budget.gpu, libraries) - weights.outside - beside,
-        "ram": _room(machine, "ram", budget.ram, libraries) - (0 if fast == "gpu" else weights.outside + beside),
+        "ram": _room(machine, "ram", budget.ram, libraries) - (weights.passing if fast == "gpu" else weights.outside + beside),
         "disk": budget.disk if weights.changed else 1 << 62,  # else blocks are read from where they are
     }
-    residency = settle(weights.blocks, fast, room, SLOTS, SLOT_SLACK, weights.staging)
+    staging = 0 if fast == "gpu" else weights.staging  # a GPU's readers have their buffers in RAM
+    residency = settle(weights.blocks, fast, room, SLOTS, SLOT_SLACK, staging)
     if residency is not None and residency.streamed and not streams:
         residency = None
-    lowest = residency or _least(weights, fast, streams)
+    lowest = residency or (least(weights.blocks, fast, SLOTS, SLOT_SLACK, staging) if streams else _all_on(fast, weights))
     predicted = _predicted(request, footprint, weights, lowest, machine)
-    return Outcome(candidate, footprint, weights, residency, predicted, pace(footprint, weights, lowest, request.workload, budget, machine, candidate.names))
+    needed = _needed(fast, predicted, weights, machine)
+    expected = pace(footprint, weights, lowest, request.workload, budget, machine, candidate.names)
+    return Outcome(candidate, footprint, weights, residency, predicted, needed, expected)
 
 
 def _room(machine: Machine, tier: str, cap: int, libraries: frozenset[str]) -> int:
@@ -90,12 +94,8 @@ def _room(machine: Machine, tier: str, cap: int, libraries: frozenset[str]) -> i
     return int((cap - fixed) / (1 + machine.allocator_slack))
 
 
-def _least(weights: Weights, fast: str, streams: bool) -> Residency:
-    """The residency that needs the fewest bytes of the fast tier, whether it fits or not."""
-    if not streams or len(weights.blocks) <= SLOTS:
-        return Residency((fast,) * len(weights.blocks), (), 0, 0, sum(weights.blocks))
-    slot = max(weights.blocks) + SLOT_SLACK
-    return Residency(("disk",) * len(weights.blocks), tuple(range(len(weights.blocks))), SLOTS, slot, SLOTS * slot + weights.staging)
+def _all_on(fast: str, weights: Weights) -> Residency:
+    return Residency((fast,) * len(weights.blocks), (), 0, 0, sum(weights.blocks))
 
 
 def _predicted(
@@ -109,20 +109,31 @@ def _predicted(
     predicted = {fast: {**compute, "overhead": machine.overhead(fast, total(compute), weights.libraries)}}
     if fast == "gpu":
         pinned = sum(size for size, home in zip(weights.blocks, residency.homes, strict=True) if home == "ram")
-        staging = residency.slots * residency.slot_bytes if "disk" in residency.homes else 0
-        held = pinned + max(staging, weights.load_scratch)
-        predicted["ram"] = {"weights": pinned + staging, "overhead": machine.overhead("ram", held, weights.libraries)}
+        staging = READERS * PIECE_BYTES if "disk" in residency.homes else 0
+        held = {"weights": pinned} | ({"workspace": staging} if staging else {})
+        predicted["ram"] = {**held, "overhead": machine.overhead("ram", total(held), weights.libraries)}
     spilled = sum(size for size, home in zip(weights.blocks, residency.homes, strict=True) if home == "disk")
     if spilled and weights.changed:
         predicted["disk"] = {"weights": spilled}
     return predicted
 
 
+def _needed(fast: str, predicted: Mapping[str, Mapping[str, int]], weights: Weights, machine: Machine) -> dict[str, Mapping[str, int]]:
+    """As `predicted`, but at the highest moment of loading or running."""
+    needed = dict(predicted)
+    for tier, scratch in {"ram": weights.passing, fast: weights.load_scratch}.items():  # on a CPU the latter alone
+        if tier in predicted:
+            load = {"weights": predicted[tier]["weights"], "workspace": scratch}
+            load |= {"overhead": machine.overhead(tier, total(load), weights.libraries)}
+            needed[tier] = max(predicted[tier], load, key=total)
+    return needed
+
+
 def _turned_down(outcome: Outcome, best: Outcome, request: Request) -> TurnedDown:
     names = outcome.candidate.names
     if outcome.residency is None:
-        fast = request.budget.compute_tier
-        return TurnedDown(names, f"needs {show_bytes(total(outcome.predicted[fast]))} on {fast}")
+        tier = lacking(request, outcome)
+        return TurnedDown(names, f"needs {show_bytes(total(outcome.needed[tier]))} on {tier}")
     ratio = best.pace.whole / outcome.pace.whole
     if not allowed(outcome.candidate, request.quality, request.asked):
         return TurnedDown(names, f"would be {ratio:.1f}x as fast, but keeps only `{outcome.candidate.quality}` quality")

@@ -6,7 +6,7 @@ from tightfit.planner.candidates import allowed
 from tightfit.planner.outcome import Outcome, Request
 from tightfit.terms.errors import DoesNotFit
 from tightfit.terms.footprint import KINDS, total
-from tightfit.terms.units import show_bytes, show_seconds
+from tightfit.terms.units import enough, show_bytes, show_seconds
 
 
 def reasons(request: Request, best: Outcome) -> tuple[str, ...]:
@@ -32,36 +32,39 @@ def refusal(request: Request, outcomes: list[Outcome]) -> DoesNotFit:
     """The error for a budget in which nothing fits, with the nearest candidate's bytes by kind and what would help."""
     fast, asked = request.budget.compute_tier, request.asked
     mine = [outcome for outcome in outcomes if allowed(outcome.candidate, request.quality, asked)] or outcomes
-    nearest = min(mine, key=lambda outcome: total(outcome.predicted[fast]))
-    need, have = total(nearest.predicted[fast]), request.budget.bytes_of(fast)
+    nearest = min(mine, key=lambda outcome: total(outcome.needed[fast]))
+    tier = lacking(request, nearest)
+    need, have = total(nearest.needed[tier]), request.budget.bytes_of(tier)
     with_what = " + ".join(f"`{name}`" for name in nearest.candidate.names)
     doing = {"generate": "to write text", "tune": "to be tuned", "embed": "for one pass"}[request.workload.task]
-    if need <= have:
-        spill = sum(nearest.weights.blocks)
-        return DoesNotFit(
-            f"`{request.skeleton.name}` must leave {show_bytes(spill)} of blocks on slower tiers; ram and disk have no room for them",
-            hint="give more with `--ram` or `--disk`",
-        )
-    parts = nearest.predicted[fast]
+    parts = nearest.needed[tier]
     return DoesNotFit(
-        f"`{request.skeleton.name}` needs {show_bytes(need)} on {fast} {doing}{f' with {with_what}' if with_what else ''}; "
+        f"`{request.skeleton.name}` needs {show_bytes(need)} on {tier} {doing}{f' with {with_what}' if with_what else ''}; "
         f"the budget is {show_bytes(have)}",
-        hint=_helps(request, outcomes, need),
+        hint=_helps(request, outcomes, nearest, tier),
         details="  " + "   ".join(f"{kind} {show_bytes(parts[kind])}" for kind in KINDS if parts.get(kind)),
     )
 
 
-def _helps(request: Request, outcomes: list[Outcome], need: int) -> str:
+def lacking(request: Request, outcome: Outcome) -> str:
+    """The tier whose budget is too small for `outcome`; the compute tier where several are."""
+    fast = request.budget.compute_tier
+    over = [tier for tier in (fast, "ram", "disk") if total(outcome.needed.get(tier, {})) > request.budget.bytes_of(tier)]
+    return over[0] if over else fast
+
+
+def _helps(request: Request, outcomes: list[Outcome], nearest: Outcome, tier: str) -> str:
     """What would help: another quality that fits, fewer tokens, or how much budget the smallest way takes."""
     fast = request.budget.compute_tier
     fitting = [outcome for outcome in outcomes if outcome.residency is not None]
     if fitting:
         best = min(fitting, key=lambda outcome: outcome.pace.whole)
         return f"`--quality {best.candidate.quality}` lets `{' + '.join(best.candidate.names)}` fit in {show_bytes(total(best.predicted[fast]))}"
-    smallest = min(outcomes, key=lambda outcome: total(outcome.predicted[fast]))
-    least = total(smallest.predicted[fast])
-    variable = sum(smallest.predicted[fast].get(kind, 0) for kind in ("activations", "kv_cache"))
+    smallest = min(outcomes, key=lambda outcome: total(outcome.needed[fast])) if tier == fast else nearest
+    least = total(smallest.needed[tier])
+    quality = "" if allowed(smallest.candidate, request.quality, request.asked) else f" with `--quality {smallest.candidate.quality}`"
+    asked = f"`--{tier} {enough(least + least // 1000)}`{quality}"  # a thousandth more, since shares of bytes are rounded
+    variable = sum(smallest.needed[tier].get(kind, 0) for kind in ("activations", "kv_cache"))
     if variable > least // 3:
-        return f"most of it grows with the tokens: try a smaller `--context` or `--batch`, or `--{fast} {show_bytes(least).replace(' ', '')}`"
-    quality = f" with `--quality {smallest.candidate.quality}`" if smallest.candidate.quality != request.quality else ""
-    return f"`--{fast} {show_bytes(int(least * 1.01)).replace(' ', '')}`{quality} is the least that works"
+        return f"most of it grows with the tokens: try a smaller `--context` or `--batch`, or {asked}"
+    return f"{asked} is the least that works"

@@ -29,11 +29,15 @@ class Request:
 
 @dataclass(frozen=True)
 class Outcome:
-    """One candidate, tried: what it needs at least, and how it would run if it fits (`residency` is None if it does not)."""
+    """One candidate, tried: what it needs at least, and how it would run if it fits (`residency` is None if it does not).
+
+    `predicted`: tier → kind → bytes at the peak of the run; `needed`: at the highest moment, loading included.
+    """
 
     candidate: Candidate
     footprint: Footprint
     weights: Weights
     residency: Residency | None
     predicted: Mapping[str, Mapping[str, int]]
+    needed: Mapping[str, Mapping[str, int]]
     pace: Pace

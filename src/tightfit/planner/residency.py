@@ -5,7 +5,7 @@ when the streamed ones are spread evenly, and more when they stand together (BMI
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 
 @dataclass(frozen=True)
@@ -37,18 +37,30 @@ def settle(block_bytes: Sequence[int], fast: str, room: Mapping[str, int], slots
     slots as soon as any block streams.
     """
     for count in range(len(block_bytes), -1, -1):
-        stays = resident(len(block_bytes), count)
-        streamed = [position for position in range(len(block_bytes)) if position not in stays]
-        slot_bytes = max((block_bytes[position] for position in streamed), default=0) + (slack if streamed else 0)
-        used_slots = min(slots, len(streamed)) if streamed else 0
-        fast_bytes = sum(block_bytes[position] for position in stays) + used_slots * slot_bytes + (staging if streamed else 0)
-        if fast_bytes <= room[fast]:
-            homes = _second_homes(block_bytes, streamed, fast, room)
-            if homes is None:
-                continue
-            whole = tuple(fast if position in stays else homes[position] for position in range(len(block_bytes)))
-            return Residency(whole, tuple(streamed), used_slots, slot_bytes, fast_bytes)
+        settled = _keeping(count, block_bytes, fast, slots, slack, staging)
+        if settled.fast_bytes <= room[fast]:
+            homes = _second_homes(block_bytes, settled.streamed, fast, room)
+            if homes is not None:
+                return replace(settled, homes=tuple(homes.get(position, fast) for position in range(len(block_bytes))))
     return None
+
+
+def least(block_bytes: Sequence[int], fast: str, slots: int, slack: int, staging: int = 0) -> Residency:
+    """The residency that needs the fewest bytes of the `fast` tier; what streams comes from disk."""
+    found = (_keeping(count, block_bytes, fast, slots, slack, staging) for count in range(len(block_bytes) + 1))
+    return min(found, key=lambda residency: residency.fast_bytes)
+
+
+def _keeping(count: int, block_bytes: Sequence[int], fast: str, slots: int, slack: int, staging: int) -> Residency:
+    """`count` blocks stay, the others stream from disk."""
+    stays = resident(len(block_bytes), count)
+    streamed = tuple(position for position in range(len(block_bytes)) if position not in stays)
+    held = sum(block_bytes[position] for position in stays)
+    homes = tuple(fast if position in stays else "disk" for position in range(len(block_bytes)))
+    if not streamed:
+        return Residency(homes, (), 0, 0, held)
+    used_slots, slot_bytes = min(slots, len(streamed)), max(block_bytes[position] for position in streamed) + slack
+    return Residency(homes, streamed, used_slots, slot_bytes, held + used_slots * slot_bytes + staging)
 
 
 def _second_homes(block_bytes: Sequence[int], streamed: Sequence[int], fast: str, room: Mapping[str, int]) -> dict[int, str] | None:

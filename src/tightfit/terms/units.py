@@ -1,5 +1,6 @@
 """Units: sizes as people write them, and the one function that shows bytes."""
 
+import math
 import re
 from fractions import Fraction
 
@@ -49,6 +50,14 @@ def show_bytes(size: int) -> str:
     if abs(size) >= KIB:
         return f"{size / KIB:.1f} KiB"
     return f"{size} B"
+
+
+def enough(size: int) -> str:
+    """The size to type that holds `size` bytes, rounded up: `712`, `1.01MiB`, `482.37MiB`."""
+    for factor, unit in ((GIB, "GiB"), (MIB, "MiB"), (KIB, "KiB")):
+        if size >= factor:
+            return f"{math.ceil(size / factor * 100) / 100:.6g}{unit}"
+    return str(size)
 
 
 def show_seconds(seconds: float) -> str:

@@ -43,6 +43,9 @@ FUSED_TOKENS = 4
 _ENCODE_BYTES = 16 * MIB
 """Float32 weights that are encoded at a time."""
 
+_ENCODE_BLOCKS = 2048
+"""Blocks that are compared with the midpoints at a time: half a MiB of float32, which stays in the second-level cache."""
+
 
 @dataclass(frozen=True)
 class NF4Codec(Codec):
@@ -176,10 +179,35 @@ def _encode_standard(dense: Tensor) -> tuple[Tensor, Tensor]:
     for start, stop in row_slices(dense.shape[0], 4 * dense.shape[1], step, _ENCODE_BYTES):
         rows = dense[start:stop].contiguous()
         rows = rows if rows.dtype.itemsize <= 4 else rows.float()
-        slice_codes, slice_absmax = torch.ops.bitsandbytes.quantize_4bit(rows, BLOCK, "nf4", torch.uint8)
+        if rows.device.type == "cpu" and rows.numel() % (2 * BLOCK) == 0:
+            slice_codes, slice_absmax = _quantize_on_cpu(rows.view(-1, BLOCK))
+        else:
+            slice_codes, slice_absmax = torch.ops.bitsandbytes.quantize_4bit(rows, BLOCK, "nf4", torch.uint8)
         codes.append(slice_codes.flatten())
         absmax.append(slice_absmax)
     return torch.cat(codes), torch.cat(absmax)
+
+
+def _quantize_on_cpu(blocks: Tensor) -> tuple[Tensor, Tensor]:
+    """bitsandbytes' `quantize_4bit`, bit for bit and faster.  # (blocks, 64) → (weights / 2,), (blocks,)
+
+    A code is the number of midpoints below the weight. Counting them costs fifteen vectorized comparisons of what lies in the
+    cache; a search for the place, as `torch.bucketize` does it, costs branches.
+    """
+    table = bitsandbytes.get_4bit_type("nf4", device="cpu")
+    midpoints = ((table[:-1] + table[1:]) / 2).tolist()
+    codes = torch.empty(blocks.numel() // 2, dtype=torch.uint8)
+    absmax = torch.empty(blocks.shape[0])
+    for start in range(0, blocks.shape[0], _ENCODE_BLOCKS):
+        part = blocks[start : start + _ENCODE_BLOCKS].float()
+        scale = absmax[start : start + _ENCODE_BLOCKS].copy_(part.abs().amax(dim=1))
+        scaled = (part * (1.0 / scale.clamp(min=1e-38)).unsqueeze(1)).flatten()
+        count = torch.zeros(scaled.numel(), dtype=torch.uint8)
+        above = torch.empty(scaled.numel(), dtype=torch.bool)
+        for midpoint in midpoints:
+            count += torch.gt(scaled, midpoint, out=above).view(torch.uint8)
+        torch.bitwise_or(count[::2] << 4, count[1::2], out=codes[start * BLOCK // 2 :][: count.numel() // 2])
+    return codes, absmax
 
 
 def _pack(codes: Tensor, shape: Shape) -> Tensor:

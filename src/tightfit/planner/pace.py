@@ -29,7 +29,8 @@ def pace(
     """Predict the time of `workload` with the techniques `names`. Loading is told apart and is not part of `whole`."""
     fast = budget.compute_tier
     stream = transfer_seconds(weights, residency, fast, machine)
-    load = weights.stored / machine.disk_bandwidth + machine.encode_seconds(weights.stored, names)
+    encode = machine.encode_seconds(weights.stored, names) if fast == "ram" else 0.0  # a GPU encodes faster than a disk reads
+    load = weights.stored / machine.disk_bandwidth + encode
     if workload.task == "generate":
         prefill = max(compute_seconds(footprint.work_of("encoder"), fast, machine) + compute_seconds(footprint.work_of("prefill"), fast, machine), stream)
         token = max(compute_seconds(footprint.work_of("decode"), fast, machine), stream)

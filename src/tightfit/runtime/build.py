@@ -4,6 +4,7 @@ import time
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -53,6 +54,10 @@ def build(plan: Plan, skeleton: Skeleton, progress: Progress = lambda done, whol
     if device.type == "cuda" and not torch.cuda.is_available():
         raise TightfitError("the plan computes on a GPU, and torch finds none here", hint="plan again with `--ram` only")
     model = skeleton.meta_model()
+    if len(plan.residency) != len(blocks_of(model)):
+        raise TightfitError(
+            f"the plan places {len(plan.residency)} blocks, and `{skeleton.name}` has {len(blocks_of(model))}", hint="plan again: the model changed"
+        )
     model.requires_grad_(plan.workload.task == "tune")
     for technique in sorted((catalog.make(*item) for item in plan.techniques.items()), key=lambda technique: technique.stage):
         technique.apply(model)
@@ -70,7 +75,8 @@ def _fill(built: Built, progress: Progress) -> None:
     """Outside tensors first, then one block after the other; a block that will take turns leaves memory before the next is read."""
     source = _Source(built)
     settings = built.plan.techniques.get("offload")
-    streamed = set(settings["streamed"]) if settings else set()
+    offload: Any = None if settings is None else catalog.make("offload", settings)
+    streamed = set(offload.streamed) if offload else set()
     spill = built.held.enter_context(Spill())
     images: dict[int, BlockImage] = {}
     pinned: dict[int, Tensor] = {}
@@ -78,7 +84,7 @@ def _fill(built: Built, progress: Progress) -> None:
     for position, (path, block) in enumerate(blocks_of(built.model)):
         image = source.image_in_files(path, block) if position in streamed else None
         if image is None:
-            source.place_block(path, stays=position not in streamed)
+            source.place_block(path)
             if position in streamed:
                 image = image_of(block)
                 if built.plan.residency[position] == "ram" and built.device.type == "cuda":
@@ -89,9 +95,9 @@ def _fill(built: Built, progress: Progress) -> None:
             unbind(block, image, built.device)
             images[position] = image
         progress(*source.progress())
-    if settings:
+    if offload:
         blocks = {position: block for position, (_, block) in enumerate(blocks_of(built.model)) if position in streamed}
-        built.stream = built.held.enter_context(Stream(blocks, images, settings["slots"], built.device, pinned))
+        built.stream = built.held.enter_context(Stream(blocks, images, offload.slots, built.device, pinned))
         built.model.stream_socket.ring = built.stream
 
 
@@ -126,11 +132,11 @@ class _Source:
                 self._place(names, self.built.device)
         restore_buffers(self.built.model, self.built.device)
 
-    def place_block(self, path: str, stays: bool) -> None:
-        """Place all parameters of the block at `path`; on the CPU if it does not stay on the compute device."""
+    def place_block(self, path: str) -> None:
+        """Place all parameters of the block at `path`. On the compute device, where encoding is fast, even if it leaves again."""
         for names in self.names.values():
             if names[0].startswith(f"{path}."):
-                self._place(names, self.built.device if stays else torch.device("cpu"))
+                self._place(names, self.built.device)
 
     def image_in_files(self, path: str, block: nn.Module) -> BlockImage | None:
         """The image of `block` straight in the checkpoint; None when it is quantized, converted, made up, or of another precision."""

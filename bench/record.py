@@ -91,7 +91,8 @@ def ensure_probed(threads: int) -> dict[str, Any]:
     file = cache_folder() / "home" / "machine.json"
     if not file.exists():
         say("probing the machine once")
-        subprocess.run([sys.executable, "-m", "tightfit", "probe", "--json"], env=child_environment(threads), stdout=subprocess.DEVNULL, check=True)
+        command = [sys.executable, "-m", "tightfit", "probe", "--json"]
+        subprocess.run(command, env=child_environment(threads), stdout=subprocess.DEVNULL, check=True)
     return json.loads(file.read_text())
 
 

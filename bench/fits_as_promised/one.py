@@ -17,11 +17,11 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch
 from record import plan_digest
+from resting import resting_bytes
 
 import tightfit
 from tightfit import catalog, steps
 from tightfit.describe.source import describe
-from tightfit.planner.weigh import weigh
 from tightfit.rehearse.allocator import allocator_peak
 from tightfit.rehearse.fake import inputs_for
 from tightfit.runtime.build import Built, build
@@ -57,12 +57,12 @@ def _leaving_bytes(row: dict[str, Any]) -> int:
     if row["resident"] == 1:
         return 0
     skeleton = describe(row["model"], row["task"], random_weights=row["random_weights"])
-    techniques = [catalog.make(*catalog.parse(text)) for text in row["techniques"]]
-    return int((1 - row["resident"]) * sum(weigh(skeleton.meta_model, techniques).blocks))
+    blocks, _ = resting_bytes(skeleton, dict(catalog.parse(text) for text in row["techniques"]))
+    return int((1 - row["resident"]) * blocks)
 
 
 def work(plan: tightfit.Plan, built: Built) -> int:
-    """The planned workload on real tensors, twice when tuning, since the first step finds no optimizer state. Returns the process's peak."""
+    """The planned workload on real tensors, twice when tuning: the first step finds no optimizer state. Returns the process's peak."""
     batch = inputs_for(built.model, plan.workload, whole_ids)
     if plan.workload.task == "generate":
         report = generate(built, Prompt(batch["input_ids"]), Sampling(ignore_eos=True))

@@ -15,15 +15,16 @@ import tempfile
 import time
 import tomllib
 from collections.abc import Mapping
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
 
-HERE = Path(__file__).resolve().parent
-sys.path[:0] = [str(HERE.parent), str(HERE.parent / "peers")]
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "peers"))
 from cgroup import JOIN, CgroupUnavailable, memory_cgroup
 from record import cache_folder, ensure_probed, machine_facts, read_result, run_child, say, write_result
 
+HERE = Path(__file__).resolve().parent
 RESULT = HERE / "results" / "cpu.json"
 Row = dict[str, Any]
 
@@ -106,7 +107,8 @@ def under_limit(budget_bytes: int, child: Any) -> Row:
 def _line(row: Row) -> str:
     if "error" not in row:
         return f"FAILED {row['name']}: {row['fault']} {row.get('details', '')}"
-    limit = {None: "", True: "; finished under the kernel's limit", False: "; STOPPED at the kernel's limit"}[row.get("kernel_limit", {}).get("finished")]
+    finished = row.get("kernel_limit", {}).get("finished")
+    limit = {None: "", True: "; finished under the kernel's limit", False: "; STOPPED at the kernel's limit"}[finished]
     share = row["fault"] or f"{row['process_peak_bytes'] / row['budget_bytes']:.1%} of budget"
     over = " OVER BUDGET" if row["over_budget"] else ""
     return f"{row['error']:+7.2%}  {row['name']}: {share}{over}{limit} ({row['wall_seconds']:.0f} s)"
@@ -142,12 +144,19 @@ def main() -> None:
     kept = {name for name in rows if name in before and ((args.missing and not before[name]["fault"]) or args.only not in name)}
     wanted = [name for name in rows if name not in kept and args.only in name]
     folders = {rows[name]["model"]: prepare_shape(rows[name]["shape"], settings["threads"]) for name in wanted if rows[name]["shape"]}
+    done = {name: before[name] for name in kept}
+
+    def write() -> Row:
+        results = [done[name] for name in rows if name in done]
+        found = summary(results)
+        write_result(RESULT, {"question": "fits_as_promised", "machine": facts, "summary": found, "rows": results})
+        return found
+
     with ThreadPoolExecutor(args.lanes or settings["lanes"]) as lanes:
-        fresh = dict(zip(wanted, lanes.map(lambda name: run_row(name, rows[name], folders, settings), wanted), strict=True))
-    results = [fresh.get(name) or before[name] for name in rows if name in fresh or name in kept]
-    found = summary(results)
-    write_result(RESULT, {"question": "fits_as_promised", "machine": facts, "summary": found, "rows": results})
-    print(json.dumps(found))
+        for future in as_completed([lanes.submit(run_row, name, rows[name], folders, settings) for name in wanted]):
+            done[future.result()["name"]] = future.result()
+            write()
+    print(json.dumps(write()))
 
 
 if __name__ == "__main__":

@@ -14,12 +14,12 @@ import tomllib
 from pathlib import Path
 from typing import Any
 
-HERE = Path(__file__).resolve().parent
-sys.path.insert(0, str(HERE.parent))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from record import child_environment, ensure_probed, last_json, machine_facts, plan_digest, read_result, say, write_result
 
 from tightfit.terms.units import parse_size
 
+HERE = Path(__file__).resolve().parent
 RESULT = HERE / "results" / "cpu.json"
 
 

@@ -250,6 +250,11 @@ def _plan_prompt(
     from tightfit.runtime.tokens import encode
 
     skeleton = describe(model, random_weights=random_weights)
+    if not skeleton.origins and not random_weights:
+        raise TightfitError(
+            f"`{model}` is a preset: a shape without weights",
+            hint="name a folder or a hub id that holds them, or run the shape with `--random-weights`, for memory and speed",
+        )
     tokens = encode(skeleton, prompt, chat, new_tokens).length
     return _plan(model, Workload("generate", 1, tokens, new_tokens), budget, quality, technique, random_weights)
 
@@ -272,7 +277,7 @@ def _run(planned: Plan, prompt: str, chat: bool, as_json: bool, **sampling: Any)
     with _bar("loading", not as_json) as progress:
         report = verbs.run(planned, prompt, Sampling(**sampling), None if as_json else listen, progress, chat)
     if not as_json:
-        out.print()
+        out.print("" if told else f"(no tokenizer, so no text: {report.tokens} token ids were written)")
     return report
 
 

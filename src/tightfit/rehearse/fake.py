@@ -71,6 +71,27 @@ def one_sequence_per_row() -> Iterator[None]:
         masking_utils.find_packed_sequence_indices = look
 
 
+@contextmanager
+def convertible_modules() -> Iterator[None]:
+    """Let `module.to(dtype)` inside a forward pass (routers do it) replace fake parameters; torch itself can only swap real ones."""
+
+    def convert(self: nn.Module, change: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
+        for child in self.children() if recurse else ():
+            child._apply(change)
+        for owner in (self._parameters, self._buffers):
+            for name, tensor in owner.items():
+                if tensor is not None and (new := change(tensor)) is not tensor:
+                    owner[name] = nn.Parameter(new.detach(), tensor.requires_grad) if isinstance(tensor, nn.Parameter) else new
+        return self
+
+    usual = nn.Module._apply
+    nn.Module._apply = convert  # type: ignore[method-assign,assignment]
+    try:
+        yield
+    finally:
+        nn.Module._apply = usual  # type: ignore[method-assign]
+
+
 def check_length(config: Any, context: int) -> None:
     """Refuse a context that is longer than the model's positions."""
     positions = getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None)

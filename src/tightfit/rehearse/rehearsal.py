@@ -17,8 +17,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from tightfit import steps
 from tightfit.contracts import Transform
 from tightfit.describe.blocks import block_lists, signature
-from tightfit.rehearse.fake import empty_like_on_cpu, inputs_for, materialize, one_sequence_per_row
+from tightfit.rehearse.fake import convertible_modules, empty_like_on_cpu, inputs_for, materialize, one_sequence_per_row
 from tightfit.rehearse.meter import Meter
+from tightfit.rehearse.stand_in import standing_in
 from tightfit.terms.footprint import Footprint, combine
 from tightfit.terms.workload import Workload
 
@@ -49,7 +50,7 @@ def rehearse_whole(model: nn.Module, workload: Workload, techniques: Iterable[Tr
     with torch.device("meta"):
         for technique in techniques:
             technique.apply(model)
-    with FakeTensorMode(), one_sequence_per_row(), ExitStack() as hooks:
+    with FakeTensorMode(), one_sequence_per_row(), convertible_modules(), standing_in(model), ExitStack() as hooks:
         materialize(model, empty_like_on_cpu)
         batch = inputs_for(model, workload)
         return measure(model, batch, workload, hooks)

@@ -59,7 +59,8 @@ def blocks_in(page: Path) -> list[Block]:
     """All blocks of a page that could be run, in order."""
     text, name = page.read_text(), str(page.relative_to(ROOT))
     return [
-        Block(name, text.count("\n", 0, found.start()) + 1, found["language"], found["mark"] or "", found["body"]) for found in _BLOCK.finditer(text)
+        Block(name, text.count("\n", 0, found.start()) + 1, found["language"], found["mark"] or "", found["body"])
+        for found in _BLOCK.finditer(text)
     ]
 
 
@@ -76,10 +77,10 @@ def _head(part: str) -> tuple[str, str]:
 
 
 def with_own(command: str, more: str) -> str:
-    """`command` with a `--ram` of this machine's own memory and `more`."""
-    from tightfit.terms.units import parse_size
+    """`command` with a `--ram` of this machine's own memory and `more`, in whole MiB."""
+    from tightfit.terms.units import MIB, parse_size
 
-    return re.sub(r"--ram \S+", f"--ram {own_bytes() + parse_size(more)}", command)
+    return re.sub(r"--ram \S+", f"--ram {(own_bytes() + parse_size(more)) // MIB}MiB", command)
 
 
 @cache
@@ -97,8 +98,14 @@ _SPARE = 6 << 20
 
 def _environment(home: str = "/nonexistent") -> dict[str, str]:
     """No traces of whoever runs it: an unprobed machine, the checkout's package, `tightfit` and `python` as those that run this."""
-    path = f"{Path(__file__).parent / 'figures' / 'bin'}:{Path(sys.executable).parent}:{os.environ['PATH']}"
-    return os.environ | {"TIGHTFIT_HOME": home, "HF_HUB_OFFLINE": "1", "PATH": path, "PYTHONPATH": str(ROOT / "src"), "PYTHONUNBUFFERED": "1"}
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    return os.environ | {
+        "TIGHTFIT_HOME": home,
+        "HF_HUB_OFFLINE": "1",
+        "PATH": path,
+        "PYTHONPATH": str(ROOT / "src"),
+        "PYTHONUNBUFFERED": "1",
+    }
 
 
 def shell(command: str, folder: Path, own_and: str = "") -> str:
@@ -132,11 +139,13 @@ def _techniques() -> str:
     from tightfit.catalog import explain, technique, technique_names
 
     def fact(name: str, heading: str) -> str:
-        found = re.search(rf"\*{heading}\*: (.*?)(?=\.?\n\*|\. |$)", explain(name)["text"], re.DOTALL)
+        found = re.search(rf"\*{heading}\*: (.*?)(?=\s\*[A-Z]|$)", explain(name)["text"], re.DOTALL)
         assert found is not None, f"`{name}` does not say: {heading}"
         return " ".join(found[1].split()).rstrip(".")
 
-    rows = [f"| `{name}` | {technique(name).quality} | {fact(name, 'What shrinks')} | {fact(name, 'Paper')} |" for name in technique_names()]
+    rows = [
+        f"| `{name}` | {technique(name).quality} | {fact(name, 'What shrinks')} | {fact(name, 'Paper')} |" for name in technique_names()
+    ]
     return "\n".join(["| Technique | Quality | What shrinks | Paper |", "|---|---|---|---|", *rows])
 
 
@@ -153,7 +162,10 @@ def refreshed(page: Path, folder: Path) -> str:
         block = Block("", 0, found["language"], found["mark"] or "", found["body"])
         if found["language"] != "console" or not block.runs:
             return found[0]
-        told = "".join(f"$ {spoken.command}\n{_line(_answer(spoken, block, folder))}" for spoken in session(found["body"]))
+        told = ""
+        for spoken in session(found["body"]):
+            command = with_own(spoken.command, block.own_and) if block.own_and else spoken.command
+            told += f"$ {command}\n{_line(_answer(spoken, block, folder))}"
         return found[0].replace(found["body"], told)
 
     text = _TABLE.sub(lambda found: f"{found[1]}{table(found[2])}\n{found[3]}", page.read_text())

@@ -19,16 +19,33 @@ CONFIGS: dict[str, tuple[str, str, dict[str, object]]] = {
         "gpt_neox",
         {**_TEXT, "hidden_size": 64, "intermediate_size": 256, "num_hidden_layers": 4, "num_attention_heads": 4},
     ),
-    "opt": ("OPTForCausalLM", "opt", {**_TEXT, "hidden_size": 64, "ffn_dim": 256, "num_hidden_layers": 4, "num_attention_heads": 4, "word_embed_proj_dim": 64}),
+    "opt": (
+        "OPTForCausalLM",
+        "opt",
+        {**_TEXT, "hidden_size": 64, "ffn_dim": 256, "num_hidden_layers": 4, "num_attention_heads": 4, "word_embed_proj_dim": 64},
+    ),
     "bloom": ("BloomForCausalLM", "bloom", {"vocab_size": 384, "hidden_size": 64, "n_layer": 4, "n_head": 4}),
     "gpt2": ("GPT2LMHeadModel", "gpt2", {"vocab_size": 384, "n_positions": 256, "n_embd": 64, "n_layer": 4, "n_head": 4}),
     "gptj": ("GPTJForCausalLM", "gptj", {"vocab_size": 384, "n_positions": 256, "n_embd": 64, "n_layer": 4, "n_head": 4, "rotary_dim": 8}),
     "t5": (
         "T5ForConditionalGeneration",
         "t5",
-        {"vocab_size": 384, "d_model": 64, "d_kv": 16, "d_ff": 160, "num_layers": 4, "num_heads": 4, "feed_forward_proj": "gated-gelu", "decoder_start_token_id": 0},
+        {
+            "vocab_size": 384,
+            "d_model": 64,
+            "d_kv": 16,
+            "d_ff": 160,
+            "num_layers": 4,
+            "num_heads": 4,
+            "feed_forward_proj": "gated-gelu",
+            "decoder_start_token_id": 0,
+        },
     ),
-    "bert": ("BertForMaskedLM", "bert", {**_TEXT, "hidden_size": 64, "intermediate_size": 256, "num_hidden_layers": 4, "num_attention_heads": 4}),
+    "bert": (
+        "BertForMaskedLM",
+        "bert",
+        {**_TEXT, "hidden_size": 64, "intermediate_size": 256, "num_hidden_layers": 4, "num_attention_heads": 4},
+    ),
     "vit": (
         "ViTForImageClassification",
         "vit",
@@ -44,7 +61,8 @@ CONFIGS: dict[str, tuple[str, str, dict[str, object]]] = {
 GENERATES = [
     name
     for name, (cls, *_) in CONFIGS.items()
-    if cls in {*modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values(), *modeling_auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES.values()}
+    if cls
+    in {*modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values(), *modeling_auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES.values()}
 ]
 
 

@@ -1,6 +1,6 @@
 """Plan inside a budget, load, write tokens, and print one JSON line: what was promised and what was measured.
 
-python ours.py --model FOLDER --ram SIZE --quality exact|near [--technique NAME]… --prompt-tokens P --tokens N
+python ours.py --model FOLDER --ram SIZE --quality exact|near [--technique NAME]… --prompt-tokens P --tokens N [--warm-up]
 
 The script sets no limit: start it inside cgroup.py. Threads come from OMP_NUM_THREADS.
 """
@@ -14,7 +14,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "peers"))
 import torch
-from peer_common import disk_read_bytes, memory_now, prompt_ids
+from peer_common import disk_read_bytes, greedy_decode, memory_now, prompt_ids
 from record import plan_digest
 from resting import resting_bytes
 
@@ -38,6 +38,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--technique", action="append", default=[])
     parser.add_argument("--prompt-tokens", type=int, default=8)
     parser.add_argument("--tokens", type=int, required=True)
+    parser.add_argument("--warm-up", action="store_true", help="two short passes first, so that lazy set-up is not timed")
     return parser.parse_args()
 
 
@@ -86,6 +87,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     skeleton = describe(args.model)
     vocabulary = skeleton.config.get_text_config().vocab_size
     with build(plan, skeleton) as built:
+        if args.warm_up:
+            greedy_decode(built.model, prompt_ids(2, vocabulary), 2)
         prompt = Prompt(torch.tensor([prompt_ids(args.prompt_tokens, vocabulary)]))
         report = generate(built, prompt, Sampling(ignore_eos=True))
         return figures(report, built) | memory_now() | {"disk_read_bytes": disk_read_bytes()}

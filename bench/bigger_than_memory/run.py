@@ -12,7 +12,6 @@ import argparse
 import json
 import os
 import statistics
-import subprocess
 import sys
 import tempfile
 import tomllib
@@ -22,13 +21,13 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "peers"))
 from cgroup import drop_page_cache, run_limited, unavailable_reason
-from record import cache_folder, child_environment, ensure_probed, machine_facts, read_result, say, write_result
+from models import LLAMA_CPP, MODELS, PEERS, ensure_gguf, ensure_model
+from record import child_environment, ensure_probed, machine_facts, read_result, say, write_result
 
 from tightfit.runtime.probe import read_bandwidth
 from tightfit.terms.units import parse_size
 
 HERE = Path(__file__).resolve().parent
-PEERS = HERE.parent / "peers"
 MEDIANS = ("seconds_per_token", "predicted_seconds_per_token", "process_peak_bytes", "predicted_process_bytes", "prefill_seconds")
 Part = dict[str, Any]
 
@@ -38,31 +37,9 @@ def parse_arguments(parts: list[str]) -> argparse.Namespace:
     parser.add_argument("--part", choices=parts, required=True)
     parser.add_argument("--pairs", type=int, help="runs of each side in all, those of an earlier start included")
     parser.add_argument("--fresh", action="store_true", help="forget earlier runs")
-    parser.add_argument("--models", type=Path, default=cache_folder() / "models", help="where model folders are, or are made")
-    parser.add_argument("--llama-cpp", type=Path, default=cache_folder() / "llama.cpp", help="what build_llama_cpp.sh made")
+    parser.add_argument("--models", type=Path, default=MODELS, help="where model folders are, or are made")
+    parser.add_argument("--llama-cpp", type=Path, default=LLAMA_CPP, help="what build_llama_cpp.sh made")
     return parser.parse_args()
-
-
-def ensure_model(shape: str, models: Path) -> Path:
-    """The folder of a shape with random bfloat16 weights, written where it is not there yet."""
-    folder = models / shape
-    if not (folder / "model.safetensors.index.json").exists():
-        say(f"writing {folder}")
-        command = [sys.executable, str(PEERS / "make_model.py"), "--shape", shape, "--out", str(folder)]
-        subprocess.run(command, stdout=subprocess.DEVNULL, check=True)
-    return folder
-
-
-def ensure_gguf(shape: str, kind: str, models: Path, llama_cpp: Path) -> Path:
-    """The same shape as a GGUF file; the package that writes it comes with llama.cpp's source."""
-    file = models / f"{shape}-{kind}.gguf"
-    if not file.exists():
-        say(f"writing {file}")
-        sources = [str(path) for path in llama_cpp.glob("llama_cpp_python-*/vendor/llama.cpp/gguf-py")]
-        environment = os.environ | {"PYTHONPATH": os.pathsep.join([*sources, os.environ.get("PYTHONPATH", "")])}
-        command = [sys.executable, str(PEERS / "make_gguf.py"), "--shape", shape, "--type", kind, "--out", str(file)]
-        subprocess.run(command, env=environment, stdout=subprocess.DEVNULL, check=True)
-    return file
 
 
 def our_command(part: Part, model: Path) -> list[str]:

@@ -34,7 +34,9 @@ def technique(name: str) -> type[Any]:
     found = [item for item in vars(module).values() if isinstance(item, type) and is_dataclass(item) and item.__module__ == module.__name__]
     offered = [item for item in found if "stage" in vars(item)]
     if len(offered) != 1:
-        raise TightfitError(f"`{module.__name__}` offers {len(offered)} techniques", hint="a technique file ends in one dataclass with a `stage`")
+        raise TightfitError(
+            f"`{module.__name__}` offers {len(offered)} techniques", hint="a technique file ends in one dataclass with a `stage`"
+        )
     return offered[0]
 
 

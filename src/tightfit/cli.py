@@ -18,16 +18,26 @@ from tightfit.terms.errors import TightfitError, near
 from tightfit.terms.plan import Plan
 from tightfit.terms.workload import Workload
 
-app = typer.Typer(name="tightfit", help=__import__("tightfit").__doc__.split("\n")[0], no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
+app = typer.Typer(
+    name="tightfit",
+    help=__import__("tightfit").__doc__.split("\n")[0],
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
 out, talk = Console(soft_wrap=True, highlight=False), Console(stderr=True, soft_wrap=True, highlight=False)
 
 DEMO = "tightfit-demo"
 Model = Annotated[str, typer.Argument(help="A folder, a preset (see `tightfit list`), or a Hugging Face id.", show_default=False)]
 Size = Annotated[str | None, typer.Option(help="A size such as 6GiB or 6GB.", show_default=False)]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
-Techniques = Annotated[list[str] | None, typer.Option("--technique", help="NAME or NAME:key=value,…; may be given again.", show_default=False)]
+Techniques = Annotated[
+    list[str] | None, typer.Option("--technique", help="NAME or NAME:key=value,…; may be given again.", show_default=False)
+]
 QualityOption = Annotated[str, typer.Option(help="exact: stored precision; near: at least 4 bits; small: anything.")]
-Random = Annotated[bool, typer.Option("--random-weights", help="Run the shape without its weights: for memory and speed, never for quality.")]
+Random = Annotated[
+    bool, typer.Option("--random-weights", help="Run the shape without its weights: for memory and speed, never for quality.")
+]
 
 
 @app.command("plan")
@@ -78,7 +88,11 @@ def run_command(
     """Run a model inside the budget, and show afterwards that the plan was kept."""
     if (model is None) == (plan is None):
         raise TightfitError("name a model, or a plan with `--plan`, and not both", hint="`tightfit run tightfit-demo --prompt Hello`")
-    planned = Plan.load(plan) if plan else _plan_prompt(model or "", prompt, chat, max_new_tokens, Budget.parse(gpu, ram, disk), quality, technique, random_weights)
+    planned = (
+        Plan.load(plan)
+        if plan
+        else _plan_prompt(model or "", prompt, chat, max_new_tokens, Budget.parse(gpu, ram, disk), quality, technique, random_weights)
+    )
     report = _run(planned, prompt, chat, as_json, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed, stop=tuple(stop or ()))
     if save_report:
         _write(save_report, report.to_json())
@@ -106,7 +120,12 @@ def eval_command(
 
     with _bar("evaluating", not as_json) as progress:
         score = verbs.evaluate(planned, data, progress)
-    values = {"perplexity": score.perplexity, "bits_per_byte": score.bits_per_byte, "tokens": score.tokens, "report": score.report.to_json()}
+    values = {
+        "perplexity": score.perplexity,
+        "bits_per_byte": score.bits_per_byte,
+        "tokens": score.tokens,
+        "report": score.report.to_json(),
+    }
     if not _print(values, as_json):
         out.print(f"perplexity {score.perplexity:.3f}   bits per byte {score.bits_per_byte:.4f}   over {score.tokens} tokens")
         _show().show_report(score.report, talk)
@@ -139,7 +158,9 @@ def report_command(file: Annotated[str, typer.Argument(help="A report that `run 
     except OSError as error:
         raise TightfitError(f"cannot read `{file}`: {error.strerror}") from error
     except (ValueError, KeyError, TypeError) as error:
-        raise TightfitError(f"`{file}` is not a report of tightfit", hint="write one with `tightfit run … --save-report report.json`") from error
+        raise TightfitError(
+            f"`{file}` is not a report of tightfit", hint="write one with `tightfit run … --save-report report.json`"
+        ) from error
     _print(report.to_json(), as_json) or _show().show_report(report, out)
 
 
@@ -169,7 +190,9 @@ def explain_command(name: Annotated[str, typer.Argument(help="A technique.")], a
 
 
 @app.command("bench")
-def bench_command(question: Annotated[str, typer.Argument(help="A folder of `bench/`.")], arguments: Annotated[list[str] | None, typer.Argument()] = None) -> None:
+def bench_command(
+    question: Annotated[str, typer.Argument(help="A folder of `bench/`.")], arguments: Annotated[list[str] | None, typer.Argument()] = None
+) -> None:
     """Run a benchmark of the checkout that you are in."""
     import runpy
     from pathlib import Path
@@ -177,7 +200,10 @@ def bench_command(question: Annotated[str, typer.Argument(help="A folder of `ben
     folder = Path("bench")
     questions = sorted(path.parent.name for path in folder.glob("*/run.py"))
     if question not in questions:
-        raise TightfitError(f"no benchmark is called `{question}`", hint=near(question, questions) or "benchmarks live in the checkout: run this in its root")
+        raise TightfitError(
+            f"no benchmark is called `{question}`",
+            hint=near(question, questions) or "benchmarks live in the checkout: run this in its root",
+        )
     sys.argv = [str(folder / question / "run.py"), *(arguments or [])]
     runpy.run_path(sys.argv[0], run_name="__main__")
 
@@ -232,7 +258,13 @@ def _task(name: str) -> Any:
 
 
 def _plan(
-    model: str, workload: Workload, budget: Budget, quality: str, technique: list[str] | None, random_weights: bool, alternatives: bool = False
+    model: str,
+    workload: Workload,
+    budget: Budget,
+    quality: str,
+    technique: list[str] | None,
+    random_weights: bool,
+    alternatives: bool = False,
 ) -> Plan:
     _quiet()
     from tightfit import verbs

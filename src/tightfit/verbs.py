@@ -40,7 +40,8 @@ def plan(
 ) -> Plan:
     """Say beforehand what will happen: the fastest way to do `workload` inside `budget`, its bytes by tier and kind, and its pace.
 
-    No weight is read. With `alternatives` the plan also says what other qualities would give. Raises `DoesNotFit` when nothing stays inside the budget, and `TightfitError` for faults of the input.
+    No weight is read. With `alternatives` the plan also says what other qualities would give. Raises
+    `DoesNotFit` when nothing stays inside the budget, and `TightfitError` for faults of the input.
     """
     workload, budget = workload or Workload(), budget or Budget.here()
     if quality not in QUALITIES:
@@ -66,7 +67,8 @@ def run(
     encoded = encode(skeleton, prompt, chat, planned.workload.new_tokens)
     if encoded.length > planned.workload.tokens:
         raise TightfitError(
-            f"the prompt has {encoded.length} tokens; the plan allows {planned.workload.tokens}", hint="plan again with a larger `--context`"
+            f"the prompt has {encoded.length} tokens; the plan allows {planned.workload.tokens}",
+            hint="plan again with a larger `--context`",
         )
     with build(planned, skeleton, progress) as built:
         return generate(built, encoded, sampling, listen)

@@ -2,9 +2,9 @@
 
 import pytest
 import torch
+from families import CONFIGS, make
 from torch import nn
 
-from families import CONFIGS, make
 from tightfit.describe.blocks import block_lists, blocks_of, outside_blocks, signature
 
 STACKS = {

@@ -6,10 +6,10 @@ from contextlib import ExitStack
 import pytest
 import torch
 import transformers
+from families import CONFIGS, GENERATES, ids, make
 from safetensors.torch import load_file, save_file
 
 import tightfit
-from families import CONFIGS, GENERATES, ids, make
 from tightfit.describe.blocks import blocks_of
 from tightfit.describe.source import describe
 from tightfit.rehearse.fake import inputs_for
@@ -48,7 +48,10 @@ def assert_same(folder, task="generate", dtype=None):
     assert describe(str(folder), task).weight_bytes() == weight_bytes
     with built(folder, task) as held:
         ours = held.model
-        for left, right in ((ours.named_parameters(remove_duplicate=False), theirs.named_parameters(remove_duplicate=False)), (ours.named_buffers(), theirs.named_buffers())):
+        for left, right in (
+            (ours.named_parameters(remove_duplicate=False), theirs.named_parameters(remove_duplicate=False)),
+            (ours.named_buffers(), theirs.named_buffers()),
+        ):
             mine, other = dict(left), dict(right)
             assert mine.keys() == other.keys()
             assert [name for name in mine if mine[name].dtype != other[name].dtype or not torch.equal(mine[name], other[name])] == []
@@ -95,7 +98,11 @@ def rewritten(saved_folder, folder, rename=lambda name: name, extra=None, change
         (folder / file.name).write_bytes(file.read_bytes())
     tensors = load_file(saved_folder / "model.safetensors")
     changed = {rename(name): change(name, tensor) for name, tensor in tensors.items()}
-    save_file({name: tensor for name, tensor in (changed | (extra or {})).items() if tensor is not None}, folder / "model.safetensors", {"format": "pt"})
+    save_file(
+        {name: tensor for name, tensor in (changed | (extra or {})).items() if tensor is not None},
+        folder / "model.safetensors",
+        {"format": "pt"},
+    )
     return folder
 
 
@@ -118,7 +125,9 @@ def test_a_checkpoint_may_store_what_the_model_computes(saved, tmp_path):
 
 
 def test_few_tensors_of_another_precision_take_that_of_the_most(saved, tmp_path):
-    folder = rewritten(saved("llama"), tmp_path / "mixed", change=lambda name, tensor: tensor if "norm" in name else tensor.to(torch.bfloat16))
+    folder = rewritten(
+        saved("llama"), tmp_path / "mixed", change=lambda name, tensor: tensor if "norm" in name else tensor.to(torch.bfloat16)
+    )
     assert describe(str(folder)).dtype == torch.bfloat16
     assert_same(folder, dtype=torch.bfloat16)
 

@@ -4,9 +4,9 @@ from contextlib import ExitStack
 
 import pytest
 import torch
+from families import CONFIGS, GENERATES, ids, make
 
 import tightfit
-from families import CONFIGS, GENERATES, ids, make
 from tightfit import catalog
 from tightfit.describe.skeleton import meta_copy
 from tightfit.rehearse.allocator import allocator_peak
@@ -20,7 +20,9 @@ EMBED, TUNE, GENERATE = Workload("embed", 2, 128), Workload("tune", 2, 128), Wor
 def measured_peak(family: str, workload: Workload, techniques: list[str]) -> int:
     """A real model is made and changed; then it runs under the allocator's eyes. Its resting weights are added, tied ones once."""
     model = tightfit.apply(make(family), techniques)
-    storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in [*model.parameters(), *model.buffers()]}
+    storages = {
+        tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in [*model.parameters(), *model.buffers()]
+    }
 
     def work() -> None:
         with ExitStack() as hooks:

@@ -2,9 +2,9 @@
 
 import pytest
 import torch
+from families import CONFIGS, GENERATES, ids, make
 
 import tightfit
-from families import CONFIGS, GENERATES, ids, make
 from tightfit import catalog, steps
 from tightfit.describe.blocks import blocks_of
 from tightfit.describe.source import describe
@@ -45,7 +45,9 @@ def test_a_quantized_model_is_near_the_plain_one(family, technique):
     assert torch.isfinite(found).all()
     error = ((found - expected).norm() / expected.norm()).item()
     assert 0 < error < NEAR[technique]
-    after = sum(tensor.numel() * tensor.element_size() for _, block in blocks_of(changed) for tensor in [*block.parameters(), *block.buffers()])
+    after = sum(
+        tensor.numel() * tensor.element_size() for _, block in blocks_of(changed) for tensor in [*block.parameters(), *block.buffers()]
+    )
     assert after < 0.75 * before
 
 
@@ -63,7 +65,9 @@ def test_recomputed_gradients_are_the_plain_ones(family):
         torch.manual_seed(7)
         loss = steps.loss_of(model.train(), inputs_for(model, Workload("tune", 2, 32), ids))
         loss.backward()
-        return {name: parameter.grad for name, parameter in model.named_parameters() if parameter.grad is not None} | {"loss": loss.detach()}
+        return {name: parameter.grad for name, parameter in model.named_parameters() if parameter.grad is not None} | {
+            "loss": loss.detach()
+        }
 
     expected = gradients(make(family))
     found = gradients(tightfit.apply(make(family), ["recompute"]))

@@ -4,10 +4,10 @@ from dataclasses import replace
 
 import pytest
 import torch
+from families import CONFIGS, GENERATES, ids
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from families import CONFIGS, GENERATES, ids
 from tightfit import steps
 from tightfit.describe.blocks import blocks_of
 from tightfit.describe.source import describe

@@ -5,8 +5,8 @@ import re
 
 import pytest
 import torch
-
 from families import make
+
 from tightfit import catalog
 from tightfit.describe.blocks import blocks_of
 from tightfit.describe.source import describe
@@ -139,7 +139,11 @@ ROOMS = [*range(0, 600_000, 36_000), 1_200_000, 2_000_000, 4_000_000]
 @pytest.mark.parametrize("tier", ["ram", "gpu"])
 @pytest.mark.parametrize("workload", [GENERATE, TUNE], ids=str)
 def test_more_room_is_never_slower_and_every_tier_is_kept(workload, tier):
-    behind = [(PLENTY, PLENTY), (20_300_000, 250_000), (20_150_000, 100_000), (2_000_000, PLENTY)] if tier == "gpu" else [(0, PLENTY), (0, 150_000)]
+    behind = (
+        [(PLENTY, PLENTY), (20_300_000, 250_000), (20_150_000, 100_000), (2_000_000, PLENTY)]
+        if tier == "gpu"
+        else [(0, PLENTY), (0, 150_000)]
+    )
     for ram, disk in behind:
         before = None
         for room in ROOMS:

@@ -16,7 +16,15 @@ MACHINE = Machine(
     flops=100.0, memory_bandwidth=10.0, gpu_flops=1000.0, gpu_bandwidth=100.0, disk_bandwidth=2.0, link_bandwidth=4.0, operation_seconds=0.5
 )
 WEIGHTS = Weights(
-    blocks=(20, 20, 30, 30), outside=60, stored=160, changed=False, frozen_blocks=True, load_scratch=0, passing=0, staging=0, libraries=frozenset()
+    blocks=(20, 20, 30, 30),
+    outside=60,
+    stored=160,
+    changed=False,
+    frozen_blocks=True,
+    load_scratch=0,
+    passing=0,
+    staging=0,
+    libraries=frozenset(),
 )
 CPU, GPU = Budget(ram=1000), Budget(ram=1000, gpu=1000)
 ALL = Residency(("ram",) * 4, (), 0, 0, 100)
@@ -31,7 +39,9 @@ PREFILL, DECODE = work(1000, 40, 4), work(50, 40, 2)  # on the CPU: max(10, 4) +
 GENERATE = Footprint({}, {"prefill": PREFILL, "decode": DECODE})
 
 
-def seconds(residency: Residency, workload: Workload, footprint: Footprint = GENERATE, budget: Budget = CPU) -> tuple[dict[str, float], float]:
+def seconds(
+    residency: Residency, workload: Workload, footprint: Footprint = GENERATE, budget: Budget = CPU
+) -> tuple[dict[str, float], float]:
     found = pace(footprint, WEIGHTS, residency, workload, budget, MACHINE)
     return dict(found.seconds), found.whole
 

@@ -94,7 +94,11 @@ def test_no_room_on_the_disk_is_no_residency():
 
 @pytest.mark.parametrize(
     ("ram", "disk", "homes"),
-    [(60, 0, "gpu ram ram gpu ram ram gpu ram ram"), (20, 40, "gpu disk ram gpu disk disk gpu ram disk"), (0, 60, "gpu disk disk gpu disk disk gpu disk disk")],
+    [
+        (60, 0, "gpu ram ram gpu ram ram gpu ram ram"),
+        (20, 40, "gpu disk ram gpu disk disk gpu ram disk"),
+        (0, 60, "gpu disk disk gpu disk disk gpu disk disk"),
+    ],
 )
 def test_a_gpu_fills_ram_before_disk(ram, disk, homes):
     settled = settle([10] * 9, "gpu", {"gpu": 50, "ram": ram, "disk": disk}, slots=2, slack=0)

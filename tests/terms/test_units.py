@@ -80,7 +80,17 @@ def test_shown_bytes_are_a_size_again():
 
 def test_enough_is_a_size_that_holds_it_and_hardly_more():
     random.seed(1)
-    for size in [1, 1023, 1024, 1025, 2**20 - 1, 2**20, 2**30 - 1, 2**30, *(random.randint(1, 2 ** random.randint(1, 45)) for _ in range(2000))]:
+    for size in [
+        1,
+        1023,
+        1024,
+        1025,
+        2**20 - 1,
+        2**20,
+        2**30 - 1,
+        2**30,
+        *(random.randint(1, 2 ** random.randint(1, 45)) for _ in range(2000)),
+    ]:
         assert size <= parse_size(enough(size)) <= size * 1.01 + 1
 
 

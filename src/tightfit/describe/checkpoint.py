@@ -86,10 +86,13 @@ def _record(file: Path, name: str, entry: "_Entry", start: int, size: int) -> Te
         raise ValueError(f"`{name}` has {entry}")
     if start + end > size:
         raise TightfitError(
-            f"`{file}` is truncated: `{name}` ends at byte {start + end}, the file at {size}", hint="fetch the file again; nothing was loaded"
+            f"`{file}` is truncated: `{name}` ends at byte {start + end}, the file at {size}",
+            hint="fetch the file again; nothing was loaded",
         )
     if torch.Size(shape).numel() * dtype.itemsize != end - begin:
-        raise TightfitError(f"`{name}` in `{file}` has {end - begin} bytes, its shape {list(shape)} needs another number", hint="fetch the file again")
+        raise TightfitError(
+            f"`{name}` in `{file}` has {end - begin} bytes, its shape {list(shape)} needs another number", hint="fetch the file again"
+        )
     return TensorRecord(file=str(file), offset=start + begin, nbytes=end - begin, dtype=dtype, shape=shape)
 
 
@@ -102,7 +105,9 @@ def _read_sharded(folder: Path, index: Path) -> dict[str, TensorRecord]:
         raise TightfitError(f"`{index}` is not an index of shards", hint="fetch it again") from error
     missing = sorted({shard for shard in weight_map.values() if not (folder / shard).exists()})
     if missing:
-        raise TightfitError(f"{len(missing)} of the shards are missing: {', '.join(missing[:3])}", hint=f"`{index.name}` names them; fetch them again")
+        raise TightfitError(
+            f"{len(missing)} of the shards are missing: {', '.join(missing[:3])}", hint=f"`{index.name}` names them; fetch them again"
+        )
     shards = {shard: read_header(folder / shard) for shard in set(weight_map.values())}
     absent = [name for name, shard in weight_map.items() if name not in shards[shard]]
     if absent:

@@ -54,7 +54,10 @@ class Skeleton:
 
     def block_bytes(self) -> list[int]:
         """Bytes of each repeated block in the stored precision, in order."""
-        return [sum(parameter.numel() * parameter.element_size() for parameter in block.parameters()) for _, block in blocks_of(self.meta_model())]
+        return [
+            sum(parameter.numel() * parameter.element_size() for parameter in block.parameters())
+            for _, block in blocks_of(self.meta_model())
+        ]
 
 
 def line_up_head(model: nn.Module) -> None:
@@ -128,7 +131,9 @@ def _refuse_faults(model: nn.Module, origins: Mapping[str, Origin]) -> None:
     if faults:
         more = f" (and {len(faults) - 1} more)" if len(faults) > 1 else ""
         raise TightfitError(
-            f"the checkpoint does not match the config: {faults[0]}{more}", hint="is `config.json` of this model?", details="\n".join(faults)
+            f"the checkpoint does not match the config: {faults[0]}{more}",
+            hint="is `config.json` of this model?",
+            details="\n".join(faults),
         )
 
 

@@ -76,10 +76,14 @@ def _load_config(file: Path) -> Any:
         raise TightfitError(f"`{file}` is not readable JSON: {error}") from error
     model_type = values.pop("model_type", None)
     if model_type not in CONFIG_MAPPING:
-        raise TightfitError(f"the architecture `{model_type}` is unknown to the installed transformers", hint=near(str(model_type), CONFIG_MAPPING.keys()))
+        raise TightfitError(
+            f"the architecture `{model_type}` is unknown to the installed transformers", hint=near(str(model_type), CONFIG_MAPPING.keys())
+        )
     if "quantization_config" in values:
         method = values["quantization_config"].get("quant_method", "?")
-        raise TightfitError(f"the weights are already quantized (`{method}`)", hint="name the original model; tightfit quantizes while it loads")
+        raise TightfitError(
+            f"the weights are already quantized (`{method}`)", hint="name the original model; tightfit quantizes while it loads"
+        )
     try:
         return AutoConfig.for_model(model_type, **values)
     except Exception as error:  # transformers validates with its own many error classes
@@ -95,7 +99,9 @@ def _model_class(config: Any, task: Task) -> type[nn.Module]:
     if task == "generate" and (not named or named[0] not in generates):
         names = auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES | auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES
         if named or config.model_type not in names:
-            raise TightfitError(f"`{(named or [config.model_type])[0]}` does not write text", hint="plan it with `--task embed` or `--task tune`")
+            raise TightfitError(
+                f"`{(named or [config.model_type])[0]}` does not write text", hint="plan it with `--task embed` or `--task tune`"
+            )
         named = [names[config.model_type]]
     if not named:
         named = [auto.MODEL_MAPPING_NAMES[config.model_type]]

@@ -36,10 +36,10 @@ def candidates(workload: Workload, available: Mapping[str, type[Any]], asked: Ma
     """
     quantizations: list[dict[str, Settings]] = [{}]
     if workload.task != "tune" and not _has_stage(asked, available, Stage.QUANTIZE):
-        quantizations += [{name: {}} for name, kind in available.items() if kind.stage == Stage.QUANTIZE]
+        quantizations += [dict[str, Settings]({name: {}}) for name, kind in available.items() if kind.stage == Stage.QUANTIZE]
     recomputations: list[dict[str, Settings]] = [{}]
     if workload.task == "tune" and not _has_stage(asked, available, Stage.RECOMPUTE):
-        recomputations += [{name: {}} for name, kind in available.items() if kind.stage == Stage.RECOMPUTE]
+        recomputations += [dict[str, Settings]({name: {}}) for name, kind in available.items() if kind.stage == Stage.RECOMPUTE]
     found = [
         _candidate({**asked, **quantization, **recomputation}, available, device)
         for quantization in quantizations
@@ -63,7 +63,7 @@ def _candidate(settings: Mapping[str, Settings], available: Mapping[str, type[An
     made = {name: available[name](**values) for name, values in settings.items()}
     techniques = {name: technique.settled(device) if isinstance(technique, Settles) else technique for name, technique in made.items()}
     decided = {name: _changed(technique) for name, technique in techniques.items()}
-    quality: Quality = max((technique.quality for technique in techniques.values()), key=QUALITIES.index, default="exact")
+    quality = QUALITIES[max((QUALITIES.index(technique.quality) for technique in techniques.values()), default=0)]
     return Candidate(decided, tuple(techniques.values()), quality)
 
 

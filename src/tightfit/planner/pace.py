@@ -24,7 +24,13 @@ class Pace:
 
 
 def pace(
-    footprint: Footprint, weights: Weights, residency: Residency, workload: Workload, budget: Budget, machine: Machine, names: Iterable[str] = ()
+    footprint: Footprint,
+    weights: Weights,
+    residency: Residency,
+    workload: Workload,
+    budget: Budget,
+    machine: Machine,
+    names: Iterable[str] = (),
 ) -> Pace:
     """Predict the time of `workload` with the techniques `names`. Loading is told apart and is not part of `whole`."""
     fast = budget.compute_tier
@@ -32,7 +38,10 @@ def pace(
     encode = machine.encode_seconds(weights.stored, names) if fast == "ram" else 0.0  # a GPU encodes faster than a disk reads
     load = weights.stored / machine.disk_bandwidth + encode
     if workload.task == "generate":
-        prefill = max(compute_seconds(footprint.work_of("encoder"), fast, machine) + compute_seconds(footprint.work_of("prefill"), fast, machine), stream)
+        prefill = max(
+            compute_seconds(footprint.work_of("encoder"), fast, machine) + compute_seconds(footprint.work_of("prefill"), fast, machine),
+            stream,
+        )
         token = max(compute_seconds(footprint.work_of("decode"), fast, machine), stream)
         seconds = {"load": load, "prefill": prefill, "token": token, "stream": stream}
         return Pace(seconds, prefill + max(0, workload.new_tokens - 1) * token)

@@ -41,7 +41,9 @@ def weigh(skeleton: Skeleton, techniques: Iterable[Transform], random_weights: b
     blocks = [block for _, block in blocks_of(model)]
     inside = [sum(tensor_bytes(tensor) for tensor in _tensors(block)) for block in blocks]
     absorbing = [module for block in blocks for module in block.modules() if isinstance(module, Absorbs)]
-    changed = bool(absorbing) or random_weights or any(_is_rewritten(skeleton, path, block) for path, block in zip(paths, blocks, strict=True))
+    changed = (
+        bool(absorbing) or random_weights or any(_is_rewritten(skeleton, path, block) for path, block in zip(paths, blocks, strict=True))
+    )
     return Weights(
         blocks=tuple(inside),
         outside=sum(tensor_bytes(tensor) for tensor in _tensors(model)) - sum(inside),

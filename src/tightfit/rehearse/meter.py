@@ -16,14 +16,8 @@ from torch.utils.flop_counter import flop_registry
 from tightfit.formats.workspace import TOUCHED, WORKSPACE
 from tightfit.terms.footprint import Footprint
 
-_FREE = {
-    torch.ops.prim.device.default,
-    torch.ops.aten.detach.default,
-    torch.ops.aten.view.default,
-    torch.ops.aten.t.default,
-    torch.ops.aten.transpose.int,
-}
-"""Operations that touch no bytes: views, and questions that only fake tensors ask."""
+_FREE = {torch.ops.prim.device.default, torch.ops.aten._unsafe_view.default}
+"""Operations that touch no bytes though they are no views: a question that only fake tensors ask, and a view by another name."""
 
 
 class Meter(TorchDispatchMode):
@@ -51,7 +45,7 @@ class Meter(TorchDispatchMode):
                 self._see(tensor, self.kind)
         scratch = WORKSPACE.get(func)
         self._mark(scratch(args, kwargs) if scratch else 0)
-        if func not in _FREE:
+        if not (func.is_view or func in _FREE):
             self._count_work(func, args, kwargs, result)
         return result
 

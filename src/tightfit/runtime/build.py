@@ -56,7 +56,8 @@ def build(plan: Plan, skeleton: Skeleton, progress: Progress = lambda done, whol
     model = skeleton.meta_model()
     if len(plan.residency) != len(blocks_of(model)):
         raise TightfitError(
-            f"the plan places {len(plan.residency)} blocks, and `{skeleton.name}` has {len(blocks_of(model))}", hint="plan again: the model changed"
+            f"the plan places {len(plan.residency)} blocks, and `{skeleton.name}` has {len(blocks_of(model))}",
+            hint="plan again: the model changed",
         )
     model.requires_grad_(plan.workload.task == "tune")
     for technique in sorted((catalog.make(*item) for item in plan.techniques.items()), key=lambda technique: technique.stage):
@@ -143,7 +144,9 @@ class _Source:
         origins = self.built.skeleton.origins
         names = [name for name, _ in self.dense.get_submodule(path).named_parameters()]
         found = {name: origins.get(f"{path}.{name}") for name in names}
-        plain = all(origin and origin.conversion is None and origin.records[0].dtype == self.built.skeleton.dtype for origin in found.values())
+        plain = all(
+            origin and origin.conversion is None and origin.records[0].dtype == self.built.skeleton.dtype for origin in found.values()
+        )
         if self.built.plan.random_weights or not plain or any(isinstance(module, Absorbs) for module in block.modules()):
             return None
         image = image_in_files({name: origin.records[0] for name, origin in found.items() if origin})

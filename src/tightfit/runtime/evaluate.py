@@ -31,7 +31,9 @@ def read_text(file: str | Path) -> str:
     except OSError as error:
         raise TightfitError(f"cannot read `{file}`: {error.strerror}") from error
     except UnicodeDecodeError as error:
-        raise TightfitError(f"`{file}` is not UTF-8: byte {error.start} cannot be read", hint="convert it, for example with `iconv -t utf-8`") from error
+        raise TightfitError(
+            f"`{file}` is not UTF-8: byte {error.start} cannot be read", hint="convert it, for example with `iconv -t utf-8`"
+        ) from error
     if not text.strip():
         raise TightfitError(f"`{file}` holds no text")
     return text
@@ -61,5 +63,8 @@ def perplexity(built: Built, ids: Tensor, text_bytes: int, window: int, progress
 
 def _summed_loss(logits: Tensor, targets: Tensor, rows: int = 256) -> float:
     """Cross-entropy in float32, a few rows at a time.  # logits: (tokens, vocab)"""
-    parts = (torch.nn.functional.cross_entropy(logits[i : i + rows].float(), targets[i : i + rows], reduction="sum") for i in range(0, len(targets), rows))
+    parts = (
+        torch.nn.functional.cross_entropy(logits[i : i + rows].float(), targets[i : i + rows], reduction="sum")
+        for i in range(0, len(targets), rows)
+    )
     return sum(part.item() for part in parts)

@@ -53,7 +53,9 @@ def generate(built: Built, prompt: Prompt, sampling: Sampling | None = None, lis
         )
     start = 0 if built.model.config.is_encoder_decoder else ids.shape[1]
     written = output[0, start:]
-    text = prompt.tokenizer.decode(written, skip_special_tokens=True) if prompt.tokenizer is not None else " ".join(map(str, written.tolist()))
+    text = (
+        prompt.tokenizer.decode(written, skip_special_tokens=True) if prompt.tokenizer is not None else " ".join(map(str, written.tolist()))
+    )
     return observer.report(tokens=len(written), text=text)
 
 
@@ -78,7 +80,9 @@ def _config(built: Built, sampling: Sampling) -> GenerationConfig:
 
 def _refuse_nan(_ids: Tensor, scores: Tensor) -> Tensor:
     if not torch.isfinite(scores.sum()):
-        raise TightfitError("the model's output is not finite", hint="the weights are damaged, or overflow in this precision; nothing was written")
+        raise TightfitError(
+            "the model's output is not finite", hint="the weights are damaged, or overflow in this precision; nothing was written"
+        )
     return scores
 
 

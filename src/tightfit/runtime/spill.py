@@ -1,4 +1,4 @@
-"""Spill: one nameless file for blocks that rest on disk in another form than they are stored. It is gone when the run ends, however it ends."""
+"""Spill: one nameless file for blocks that rest on disk in another form than they are stored. It is gone when the run ends."""
 
 import os
 import tempfile

@@ -48,7 +48,9 @@ def encode(skeleton: Skeleton, text: str, chat: bool = False, new_tokens: int = 
         ids = torch.tensor([[1 + hash_of(word) % (config.vocab_size - 1) for word in text.split()]], dtype=torch.long)
     elif chat:
         if not tokenizer.chat_template:
-            raise TightfitError(f"`{skeleton.name}` has no chat template", hint="it is a base model: leave out `--chat` and let it continue a text")
+            raise TightfitError(
+                f"`{skeleton.name}` has no chat template", hint="it is a base model: leave out `--chat` and let it continue a text"
+            )
         turns = [{"role": "user", "content": text}]
         ids = tokenizer.apply_chat_template(turns, add_generation_prompt=True, return_tensors="pt", return_dict=True)["input_ids"]
     else:
@@ -65,7 +67,9 @@ def refuse_overlong(prompt: int, new_tokens: int, config: Any) -> None:
     if positions and prompt + new_tokens > positions:
         raise TightfitError(
             f"the prompt has {prompt} tokens, and {new_tokens} new ones make {prompt + new_tokens}; the model has {positions} positions",
-            hint=f"shorten the prompt, or ask for `--max-new-tokens {max(1, positions - prompt)}`" if prompt < positions else "shorten the prompt",
+            hint=f"shorten the prompt, or ask for `--max-new-tokens {max(1, positions - prompt)}`"
+            if prompt < positions
+            else "shorten the prompt",
         )
 
 
@@ -77,4 +81,6 @@ def hash_of(word: str) -> int:
 def _has_tokenizer_files(folder: str) -> bool:
     from pathlib import Path
 
-    return any((Path(folder) / name).exists() for name in ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json", "vocab.txt"))
+    return any(
+        (Path(folder) / name).exists() for name in ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json", "vocab.txt")
+    )

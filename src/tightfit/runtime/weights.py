@@ -35,7 +35,9 @@ def reader(skeleton: Skeleton, random_weights: bool) -> Read:
             raise TightfitError(f"`{name}` is not in the checkpoint")
         tensor = _join(found, skeleton.origins[found], model)
         if not _is_finite(tensor):
-            raise TightfitError(f"`{name}` holds NaN or infinite values", hint="the checkpoint is damaged, or training diverged; nothing was run")
+            raise TightfitError(
+                f"`{name}` holds NaN or infinite values", hint="the checkpoint is damaged, or training diverged; nothing was run"
+            )
         return tensor.to(skeleton.dtype) if tensor.dtype.is_floating_point else tensor
 
     return read

@@ -1,10 +1,12 @@
-"""Refresh: run what README and the guides show, and write down what was really said. `python docs/refresh.py [FILE…]`, in the checkout's root.
+"""Refresh: run what README and the guides show, and write down what was really said: `python docs/refresh.py [FILE…]`.
 
 A block of ```console is a session: `$ command` lines and what they answer; ```bash, ```python and ```toml blocks have no answer.
 A comment before a block says how it is run:
 
 - `<!-- not run: reason -->`  left alone;
-- `<!-- own + 14MiB -->`      `--ram` stands for what this machine's Python and libraries take, and 14 MiB more.
+- `<!-- slow: reason -->`     run by the slow tests only;
+- `<!-- own + 14MiB -->`      `--ram` stands for what this machine's Python and libraries take, and 14 MiB more;
+- `<!-- with file: NAME -->`  the block under `<!-- file: NAME -->` lies among the techniques.
 
 Tables between `<!-- table: NAME -->` and `<!-- end -->` are made anew from the catalogue. `tests/docs` runs the same blocks.
 """
@@ -108,6 +110,20 @@ def _environment(home: str = "/nonexistent") -> dict[str, str]:
     }
 
 
+def file_in(page: Path, name: str) -> str:
+    """The text of the file that a page shows under `<!-- file: NAME -->`."""
+    found = re.search(rf"<!-- file: {re.escape(name)} -->\n```python\n(.*?)```", page.read_text(), re.DOTALL)
+    assert found is not None, f"{page} shows no `{name}`"
+    return found[1]
+
+
+_TIGHTFIT = (
+    "import sys, tightfit.techniques as rooms; rooms.__path__.append(sys.argv.pop(1)); "
+    "sys.argv[0] = 'tightfit'; from tightfit.cli import main; main()"
+)
+"""`tightfit`, with a folder of more techniques as its first argument."""
+
+
 def shell(command: str, folder: Path, own_and: str = "") -> str:
     """What `command` says in a shell, stdout and stderr together; nothing is left of colours and bars."""
     home = folder / "home"
@@ -119,7 +135,7 @@ def shell(command: str, folder: Path, own_and: str = "") -> str:
         (home / "machine.json").write_text(json.dumps(asdict(machine)))
         command = with_own(command, own_and)
     said = subprocess.run(
-        ["bash", "-c", f"tightfit() {{ {sys.executable} -m tightfit \"$@\"; }}; {command}"],
+        ["bash", "-c", f"tightfit() {{ {sys.executable} -c \"{_TIGHTFIT}\" {folder}/techniques \"$@\"; }}; {command}"],
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=folder, env=_environment(str(home)), check=False,
     )  # fmt: skip
     return tidy(said.stdout)
@@ -162,6 +178,10 @@ def refreshed(page: Path, folder: Path) -> str:
         block = Block("", 0, found["language"], found["mark"] or "", found["body"])
         if found["language"] != "console" or not block.runs:
             return found[0]
+        if block.mark.startswith("with file: "):
+            name = block.mark.removeprefix("with file: ")
+            (folder / "techniques").mkdir(exist_ok=True)
+            (folder / "techniques" / name).write_text(file_in(page, name))
         told = ""
         for spoken in session(found["body"]):
             command = with_own(spoken.command, block.own_and) if block.own_and else spoken.command

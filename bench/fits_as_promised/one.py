@@ -1,11 +1,11 @@
 """One row of fits_as_promised in its own process: plan, run, and print one JSON object.
 
-`python one.py ROW.json allocator`: tensor bytes at the peak, from the CPU allocator's own records (torch's profiler), not from our meter.
+`python one.py ROW.json allocator`: tensor bytes at the peaks of loading and of running, from the CPU allocator's own records.
 `python one.py ROW.json process`: the process's peak by the kernel's count, without the profiler's own memory.
 `python one.py ROW.json alive`: what is alive at the peak, largest first, with the operators that made it; for finding a wrong promise.
 
-The budget is the tightest that can be promised: just what the plan says the row needs, or, with `resident = 0.4`, what is left
-of that when only 40 % of the blocks' bytes may stay. With `ram` it is that size.
+The budget is the tightest that can be promised: what the plan says loading and running need, or, with `resident = 0.4`, what is
+left of that when only 40 % of the blocks' bytes may stay. With `ram` it is that size.
 """
 
 import json
@@ -18,17 +18,19 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch
 from record import plan_digest
 from resting import resting_bytes
+from witness import mark_run, witness
 
 import tightfit
 from tightfit import catalog, steps
 from tightfit.describe.source import describe
-from tightfit.rehearse.allocator import allocator_peak
 from tightfit.rehearse.fake import inputs_for
 from tightfit.runtime.build import Built, build
 from tightfit.runtime.generate import Sampling, generate
 from tightfit.runtime.process import keep_heap_tight, keep_quiet, resident
 from tightfit.runtime.tokens import Prompt
 from tightfit.terms.errors import TightfitError
+from tightfit.terms.footprint import total
+from tightfit.terms.machine import Machine
 from tightfit.terms.units import MIB
 
 BOUNDLESS = tightfit.Budget(ram=1 << 50, disk=1 << 50)
@@ -48,7 +50,9 @@ def plan_row(row: dict[str, Any]) -> tightfit.Plan:
 
     if "ram" in row:
         return planned(tightfit.Budget.parse(ram=row["ram"], disk="1TiB"))
-    need = planned(BOUNDLESS).predicted_bytes("ram") - _leaving_bytes(row)
+    whole = planned(BOUNDLESS)
+    tensors = max(total(parts) for parts in whole.phases.values()) - _leaving_bytes(row)
+    need = tensors + whole.predicted["ram"]["overhead"] + int(Machine.here().allocator_slack * (tensors - whole.tensor_bytes()))
     return planned(tightfit.Budget(ram=(need // MIB + 1) * MIB, disk=BOUNDLESS.disk))
 
 
@@ -81,6 +85,7 @@ def work(plan: tightfit.Plan, built: Built) -> int:
 def carry_out(plan: tightfit.Plan) -> int:
     """Build and run, as `tightfit run` does."""
     with build(plan, describe(plan.model, plan.workload.task, random_weights=plan.random_weights)) as built:
+        mark_run()
         return work(plan, built)
 
 
@@ -89,11 +94,7 @@ def measure(plan: tightfit.Plan, way: str) -> dict[str, Any]:
     if way == "process":
         return {"process_peak_bytes": carry_out(plan)}
     unguarded = replace(plan, budget=replace(plan.budget, ram=BOUNDLESS.ram))  # the records take memory themselves
-    if way == "allocator":
-        return {"measured_peak_bytes": allocator_peak(lambda: carry_out(unguarded))}
-    from alive import alive_at_peak
-
-    return {"alive": alive_at_peak(lambda: carry_out(unguarded)), "phases": plan.phases}
+    return witness(lambda: carry_out(unguarded), shown=0 if way == "allocator" else 25)
 
 
 def main() -> None:
@@ -105,11 +106,13 @@ def main() -> None:
         plan = plan_row(row)
         result = {
             "predicted_peak_bytes": plan.tensor_bytes(),
+            "predicted_load_bytes": total(plan.phases["load"]),
             "predicted_process_bytes": plan.predicted_bytes("ram"),
             "budget_bytes": plan.budget.ram,
             "techniques": list(plan.techniques),
             "resting": plan.resting(),
             "predicted": plan.predicted,
+            "phases": plan.phases if way == "alive" else {},
             "plan_digest": plan_digest(plan.to_json()),
         }
         print(json.dumps(result | measure(plan, way)))

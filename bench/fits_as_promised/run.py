@@ -80,6 +80,7 @@ def run_row(name: str, row: Row, folders: Mapping[str, str], settings: Mapping[s
         if "error" not in result:
             alone = child("process")
             result["error"] = result["predicted_peak_bytes"] / result["measured_peak_bytes"] - 1
+            result["load_error"] = result["predicted_load_bytes"] / result["measured_load_bytes"] - 1
             result["fault"] = alone.get("error", "")
             result["process_peak_bytes"] = alone.get("process_peak_bytes")
             result["over_budget"] = bool(result["fault"]) or result["process_peak_bytes"] > result["budget_bytes"]
@@ -89,6 +90,7 @@ def run_row(name: str, row: Row, folders: Mapping[str, str], settings: Mapping[s
             result["fault"] = result.pop("error")
     result = row | {"name": name} | result | {"wall_seconds": round(time.monotonic() - began, 1)}
     result.pop("shape")
+    result.pop("phases", None)
     say(_line(result))
     return result
 

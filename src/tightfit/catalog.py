@@ -4,6 +4,7 @@ import ast
 import importlib
 import importlib.util
 import pkgutil
+import re
 from collections.abc import Mapping
 from dataclasses import fields, is_dataclass
 from functools import cache
@@ -14,6 +15,7 @@ from typing import Any, get_type_hints
 
 from tightfit.contracts import Transform
 from tightfit.terms.errors import TightfitError, near
+from tightfit.terms.restore import restore
 
 ENTRY_POINTS = "tightfit.techniques"
 """The entry-point group in which another package names its technique modules."""
@@ -93,8 +95,20 @@ def make(name: str, settings: Mapping[str, Any]) -> Transform:
     for setting in settings:
         if setting not in known:
             raise TightfitError(f"`{name}` has no setting `{setting}`", hint=near(setting, known) or f"`{name}` has no settings")
-    frozen = {key: tuple(value) if isinstance(value, list) else value for key, value in settings.items()}
-    return kind(**frozen)
+    return kind(**{setting: _restored(name, setting, get_type_hints(kind)[setting], value) for setting, value in settings.items()})
+
+
+def _restored(name: str, setting: str, kind: Any, value: Any) -> Any:
+    """`value` as the setting takes it; lists become tuples, and a `where` must be a regular expression."""
+    try:
+        restored = restore(kind, value)
+        if setting == "where":
+            re.compile(restored)
+        return restored
+    except TypeError as error:
+        raise TightfitError(f"`{name}:{setting}` cannot be `{value}`", hint=f"`tightfit explain {name}` tells what it takes") from error
+    except re.error as error:
+        raise TightfitError(f"`{name}:{setting}={value}` is not a regular expression: {error}", hint="escape brackets as `\\[`") from error
 
 
 def parse(text: str) -> tuple[str, dict[str, Any]]:

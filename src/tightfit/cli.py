@@ -58,10 +58,11 @@ def plan_command(
 ) -> None:
     """Say beforehand what a model will take and how fast it will be, without loading a weight."""
     workload = Workload(_task(task), batch, context, max_new_tokens)
+    _refuse_unwritable(save)
     planned = _plan(model, workload, Budget.parse(gpu, ram, disk), quality, technique, random_weights, alternatives=True)
+    _print(planned.to_json(), as_json) or _show().show_plan(planned, out)
     if save:
         _write(save, planned.to_json())
-    _print(planned.to_json(), as_json) or _show().show_plan(planned, out)
 
 
 @app.command("run")
@@ -79,7 +80,7 @@ def run_command(
     temperature: Annotated[float, typer.Option(min=0.0, help="0 takes the likeliest token.")] = 0.0,
     top_k: Annotated[int, typer.Option(min=0)] = 50,
     top_p: Annotated[float, typer.Option(min=0.0, max=1.0)] = 1.0,
-    seed: int = 0,
+    seed: Annotated[int, typer.Option(min=0, max=(1 << 63) - 1, help="For sampling: the same seed writes the same text.")] = 0,
     stop: Annotated[list[str] | None, typer.Option(help="A text that ends the answer; may be given again.", show_default=False)] = None,
     random_weights: Random = False,
     as_json: Json = False,
@@ -88,15 +89,16 @@ def run_command(
     """Run a model inside the budget, and show afterwards that the plan was kept."""
     if (model is None) == (plan is None):
         raise TightfitError("name a model, or a plan with `--plan`, and not both", hint="`tightfit run tightfit-demo --prompt Hello`")
+    _refuse_unwritable(save_report)
     planned = (
         Plan.load(plan)
         if plan
         else _plan_prompt(model or "", prompt, chat, max_new_tokens, Budget.parse(gpu, ram, disk), quality, technique, random_weights)
     )
     report = _run(planned, prompt, chat, as_json, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed, stop=tuple(stop or ()))
+    _print(report.to_json(), as_json) or _show().show_report(report, talk)
     if save_report:
         _write(save_report, report.to_json())
-    _print(report.to_json(), as_json) or _show().show_report(report, talk)
 
 
 @app.command("eval")
@@ -331,6 +333,12 @@ def _print(values: dict[str, Any], as_json: bool) -> bool:
     if as_json:
         print(json.dumps(values, default=list))
     return as_json
+
+
+def _refuse_unwritable(file: str | None) -> None:
+    """Said before the work, not after it."""
+    if file and (os.path.isdir(file) or not os.access(os.path.dirname(file) or ".", os.W_OK)):
+        raise TightfitError(f"cannot write `{file}`", hint="name a file in a folder that is there and yours to write")
 
 
 def _write(file: str, values: dict[str, Any]) -> None:

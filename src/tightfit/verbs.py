@@ -62,6 +62,11 @@ def run(
     chat: bool = False,
 ) -> Report:
     """Carry `planned` out: load inside the budget, write after `prompt`, and report what it took against the plan."""
+    if planned.workload.task != "generate" or planned.workload.batch != 1:
+        raise TightfitError(
+            f"the plan is for `{planned.workload.task}` with a batch of {planned.workload.batch}; running writes one text",
+            hint="plan again with `--task generate --batch 1`",
+        )
     keep_heap_tight()
     skeleton = describe(planned.model, planned.workload.task, random_weights=planned.random_weights)
     encoded = encode(skeleton, prompt, chat, planned.workload.new_tokens)

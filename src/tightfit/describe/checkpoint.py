@@ -46,10 +46,11 @@ def read_checkpoint(folder: Path) -> dict[str, TensorRecord]:
     """
     index = folder / "model.safetensors.index.json"
     single = folder / "model.safetensors"
-    if index.exists():
-        return _read_sharded(folder, index)
-    if single.exists():
-        return read_header(single)
+    if index.exists() or single.exists():
+        records = _read_sharded(folder, index) if index.exists() else read_header(single)
+        if not records:
+            raise TightfitError(f"the weights in `{folder}` hold no tensor", hint="fetch them again")
+        return records
     other = sorted(path.name for path in folder.glob("*.bin")) + sorted(path.name for path in folder.glob("*.pt*"))
     raise TightfitError(
         f"`{folder}` holds no safetensors weights",
@@ -111,5 +112,8 @@ def _read_sharded(folder: Path, index: Path) -> dict[str, TensorRecord]:
     shards = {shard: read_header(folder / shard) for shard in set(weight_map.values())}
     absent = [name for name, shard in weight_map.items() if name not in shards[shard]]
     if absent:
-        raise TightfitError(f"`{index.name}` names `{absent[0]}`, which `{weight_map[absent[0]]}` does not hold ({len(absent)} such)")
+        raise TightfitError(
+            f"`{index.name}` names `{absent[0]}`, which `{weight_map[absent[0]]}` does not hold ({len(absent)} such)",
+            hint="index and shards are not of one model: fetch them again",
+        )
     return {name: shards[shard][name] for name, shard in weight_map.items()}

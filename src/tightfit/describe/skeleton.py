@@ -12,6 +12,9 @@ from tightfit.describe.blocks import blocks_of
 from tightfit.formats.image import TensorRecord
 from tightfit.terms.errors import TightfitError
 
+SHOWN = 8
+"""Faults of one checkpoint that are listed below the first line."""
+
 
 @dataclass(frozen=True)
 class Origin:
@@ -126,15 +129,30 @@ def _refuse_faults(model: nn.Module, origins: Mapping[str, Origin]) -> None:
                 faults.append(f"`{name}` is not in the checkpoint")
         elif origin.conversion is None and origin.records[0].shape != tuple(parameter.shape):
             faults.append(f"`{name}` has shape {list(origin.records[0].shape)}, the config says {list(parameter.shape)}")
-        elif not origin.records[0].dtype.is_floating_point:
-            faults.append(f"`{name}` is stored as {str(origin.records[0].dtype).removeprefix('torch.')}, which is not a plain weight")
+        elif wrong := [record.dtype for record in origin.records if not record.dtype.is_floating_point or record.dtype.itemsize < 2]:
+            faults.append(f"`{name}` is stored as {str(wrong[0]).removeprefix('torch.')}, which is not a plain weight")
+        elif origin.conversion is not None:
+            faults += _parts_faults(name, parameter, origin)
     if faults:
         more = f" (and {len(faults) - 1} more)" if len(faults) > 1 else ""
         raise TightfitError(
             f"the checkpoint does not match the config: {faults[0]}{more}",
             hint="is `config.json` of this model?",
-            details="\n".join(faults),
+            details="\n".join([*faults[:SHOWN], *["…"] * (len(faults) > SHOWN)]) if len(faults) > 1 else "",
         )
+
+
+def _parts_faults(name: str, parameter: Tensor, origin: Origin) -> list[str]:
+    """Parts that are joined must be alike under each pattern (all experts' `up_proj`), and make up the whole."""
+    shapes: dict[str, set[tuple[int, ...]]] = {}
+    for (_, pattern), record in zip(origin.sources, origin.records, strict=True):
+        shapes.setdefault(pattern, set()).add(record.shape)
+    if any(len(found) > 1 for found in shapes.values()):
+        return [f"the parts of `{name}` have unlike shapes"]
+    elements = sum(torch.Size(record.shape).numel() for record in origin.records)
+    if elements != parameter.numel():
+        return [f"the {len(origin.records)} parts of `{name}` have {elements} elements, the config says {parameter.numel()}"]
+    return []
 
 
 def _same(model: nn.Module, parameter: Tensor) -> list[str]:

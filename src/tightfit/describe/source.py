@@ -30,9 +30,10 @@ def describe(source: str | nn.Module, task: Task = "generate", random_weights: b
         records = read_checkpoint(folder)
     dtype = _stored_dtype(config, records)
     skeleton = Skeleton(source, config, model_class, dtype, folder=str(folder or ""))
-    if not records:
+    if folder is None:
         return skeleton
-    return Skeleton(source, config, model_class, dtype, str(folder), match_origins(skeleton.meta_model(), records))
+    model = _buildable(skeleton)
+    return Skeleton(source, config, model_class, dtype, str(folder), match_origins(model, records)) if records else skeleton
 
 
 def _find(source: str) -> tuple[Path | None, Any]:
@@ -64,6 +65,17 @@ def _from_hub(name: str) -> Path:
         raise TightfitError(f"`{name}` is not in the cache and could not be fetched: {reason[:200]}", hint=near(name, presets())) from error
 
 
+def _buildable(skeleton: Skeleton) -> nn.Module:
+    """The meta model, or a clear word on the config from which none can be made."""
+    try:
+        return skeleton.meta_model()
+    except Exception as error:  # each model class fails in its own way
+        raise TightfitError(
+            f"no model can be made from `{skeleton.folder}/config.json`: {type(error).__name__}: {(str(error).splitlines() or [''])[0]}",
+            hint="compare its sizes and names with those of the original model",
+        ) from error
+
+
 def _load_config(file: Path) -> Any:
     from transformers import AutoConfig
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
@@ -72,22 +84,26 @@ def _load_config(file: Path) -> Any:
         values = json.loads(file.read_text())
     except FileNotFoundError as error:
         raise TightfitError(f"`{file.parent}` has no `config.json`", hint="name a folder as `save_pretrained` writes it") from error
-    except (OSError, ValueError) as error:
-        raise TightfitError(f"`{file}` is not readable JSON: {error}") from error
-    model_type = values.pop("model_type", None)
+    except OSError as error:
+        raise TightfitError(f"cannot read `{file}`: {error.strerror}") from error
+    except ValueError as error:
+        raise TightfitError(f"`{file}` is not JSON: {error}", hint="fetch it again from where the weights come") from error
+    model_type = values.pop("model_type", None) if isinstance(values, dict) else None
+    if not isinstance(model_type, str):
+        raise TightfitError(f"`{file}` names no architecture", hint='it should say one under `"model_type"`, as `save_pretrained` writes it')
     if model_type not in CONFIG_MAPPING:
         raise TightfitError(
-            f"the architecture `{model_type}` is unknown to the installed transformers", hint=near(str(model_type), CONFIG_MAPPING.keys())
+            f"the architecture `{model_type}` is unknown to the installed transformers", hint=near(model_type, CONFIG_MAPPING.keys())
         )
-    if "quantization_config" in values:
-        method = values["quantization_config"].get("quant_method", "?")
+    if quantization := values.get("quantization_config"):
+        method = quantization.get("quant_method", "?") if isinstance(quantization, dict) else "?"
         raise TightfitError(
             f"the weights are already quantized (`{method}`)", hint="name the original model; tightfit quantizes while it loads"
         )
     try:
         return AutoConfig.for_model(model_type, **values)
     except Exception as error:  # transformers validates with its own many error classes
-        raise TightfitError(f"`{file}` is not a valid `{model_type}` config: {str(error).splitlines()[0]}") from error
+        raise TightfitError(f"`{file}` is not a valid `{model_type}` config: {' '.join(str(error).split())[:200]}") from error
 
 
 def _model_class(config: Any, task: Task) -> type[nn.Module]:
@@ -114,5 +130,6 @@ def _stored_dtype(config: Any, records: dict[str, Any]) -> torch.dtype:
         return config.dtype if isinstance(config.dtype, torch.dtype) else torch.float32
     sizes: dict[torch.dtype, int] = {}
     for record in records.values():
-        sizes[record.dtype] = sizes.get(record.dtype, 0) + record.nbytes
-    return max(sizes, key=lambda dtype: sizes[dtype])
+        if record.dtype.is_floating_point and record.dtype.itemsize > 1:
+            sizes[record.dtype] = sizes.get(record.dtype, 0) + record.nbytes
+    return max(sizes, key=lambda dtype: sizes[dtype], default=torch.float32)

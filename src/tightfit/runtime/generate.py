@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -38,6 +39,7 @@ def generate(built: Built, prompt: Prompt, sampling: Sampling | None = None, lis
     Raises `TightfitError` when the model's logits are not finite, and when the process goes over its budget.
     """
     sampling = sampling or Sampling()
+    _refuse_stops(sampling.stop, prompt)
     torch.manual_seed(sampling.seed)
     ids = prompt.input_ids.to(built.device)
     streamer = _Pieces(prompt.tokenizer, listen) if listen and prompt.tokenizer is not None else None
@@ -61,7 +63,7 @@ def generate(built: Built, prompt: Prompt, sampling: Sampling | None = None, lis
 
 def _config(built: Built, sampling: Sampling) -> GenerationConfig:
     """The model's own generation config (stop tokens, padding), with what the user asked for on top."""
-    own = built.model.generation_config
+    own = _own_config(built)
     chosen: dict[str, Any] = {"do_sample": sampling.temperature > 0, "repetition_penalty": sampling.repetition_penalty}
     if sampling.temperature > 0:
         chosen |= {"temperature": sampling.temperature, "top_k": sampling.top_k, "top_p": sampling.top_p}
@@ -76,6 +78,23 @@ def _config(built: Built, sampling: Sampling) -> GenerationConfig:
         decoder_start_token_id=own.decoder_start_token_id,
         **chosen,
     )
+
+
+def _own_config(built: Built) -> GenerationConfig:
+    """What lies beside the weights, since its stop tokens may be more than those of the model's config."""
+    if not (Path(built.skeleton.folder) / "generation_config.json").is_file() or not built.skeleton.folder:
+        return built.model.generation_config
+    try:
+        return GenerationConfig.from_pretrained(built.skeleton.folder)
+    except Exception as error:  # it is checked in many ways
+        raise TightfitError(f"`{built.skeleton.folder}/generation_config.json` is damaged", hint="fetch it again, or remove it") from error
+
+
+def _refuse_stops(stop: tuple[str, ...], prompt: Prompt) -> None:
+    if "" in stop:
+        raise TightfitError("an empty stop text would end every answer at once", hint="leave `--stop` out, or name a text")
+    if stop and prompt.tokenizer is None:
+        raise TightfitError("a stop text needs the model's tokenizer, which is not in its folder", hint="leave `--stop` out")
 
 
 def _refuse_nan(_ids: Tensor, scores: Tensor) -> Tensor:

@@ -8,6 +8,7 @@ from torch import nn
 
 from tightfit.formats.image import BlockImage, file_fault, write_image
 from tightfit.terms.budget import spill_folder
+from tightfit.terms.errors import TightfitError
 
 
 class Spill:
@@ -27,7 +28,10 @@ class Spill:
         """Append `block`; returns its image with the segment that reads it back."""
         if self._file is None:
             self._file = self._open()
-        written = write_image(block, image, self._file, self.end)
+        try:
+            written = write_image(block, image, self._file, self.end)
+        except TightfitError as error:  # the file has no name, so the folder is told
+            raise TightfitError(str(error).replace(self._file.name, str(spill_folder())), hint=error.hint) from error
         self.end += written.segments[0].length
         return written
 
@@ -41,6 +45,7 @@ class Spill:
         try:
             descriptor, name = tempfile.mkstemp(prefix="tightfit-", suffix=".spill", dir=spill_folder())
         except OSError as fault:
-            raise file_fault("written", str(spill_folder()), fault) from fault
+            error = file_fault("written", str(spill_folder()), fault)
+            raise TightfitError(str(error), hint="name another folder with `TIGHTFIT_SPILL`") from fault
         os.unlink(name)
         return open(f"/proc/self/fd/{descriptor}", "r+b", opener=lambda *_: descriptor)  # readers open it by this path

@@ -31,10 +31,10 @@ def load_tokenizer(skeleton: Skeleton) -> Any:
         return None
     try:
         return AutoTokenizer.from_pretrained(skeleton.folder)
-    except (OSError, ValueError, KeyError) as error:
+    except Exception as error:  # tokenizers fail in their own many ways
         if not _has_tokenizer_files(skeleton.folder):
             return None
-        raise TightfitError(f"the tokenizer in `{skeleton.folder}` cannot be read: {str(error).splitlines()[0]}") from error
+        raise TightfitError(f"the tokenizer in `{skeleton.folder}` cannot be read: {(str(error).splitlines() or [''])[0]}") from error
 
 
 def encode(skeleton: Skeleton, text: str, chat: bool = False, new_tokens: int = 0) -> Prompt:
@@ -42,6 +42,8 @@ def encode(skeleton: Skeleton, text: str, chat: bool = False, new_tokens: int = 
 
     Raises `TightfitError` for an empty prompt, a chat without a template, and a prompt that leaves no room for `new_tokens`.
     """
+    if not text:
+        raise TightfitError("the prompt is empty", hint='give some text: `--prompt "Once upon a time"`')
     tokenizer = load_tokenizer(skeleton)
     config = skeleton.config.get_text_config(decoder=True)
     if tokenizer is None:
@@ -56,7 +58,7 @@ def encode(skeleton: Skeleton, text: str, chat: bool = False, new_tokens: int = 
     else:
         ids = tokenizer(text, return_tensors="pt")["input_ids"]
     if ids.shape[1] == 0:
-        raise TightfitError("the prompt is empty", hint='give some text: `--prompt "Once upon a time"`')
+        raise TightfitError("the prompt has no token", hint='give some text: `--prompt "Once upon a time"`')
     refuse_overlong(ids.shape[1], new_tokens, config)
     return Prompt(ids, tokenizer)
 

@@ -53,10 +53,10 @@ def show_bytes(size: int) -> str:
 
 
 def enough(size: int) -> str:
-    """The size to type that holds `size` bytes, rounded up: `712`, `1.01MiB`, `482.37MiB`."""
+    """The size to type that holds `size` bytes, rounded up: `712`, `1.01MiB`, `482.37MiB`, `48GiB`."""
     for factor, unit in ((GIB, "GiB"), (MIB, "MiB"), (KIB, "KiB")):
         if size >= factor:
-            return f"{math.ceil(size / factor * 100) / 100:.6g}{unit}"
+            return f"{math.ceil(size / factor * 100) / 100:.2f}".rstrip("0").rstrip(".") + unit
     return str(size)
 
 

@@ -1,0 +1,97 @@
+"""gpu: predicted against measured peak on one GPU, tokens per second against the floor and against accelerate's offload.
+
+python bench/gpu/run.py [--out FOLDER] [--wheels FOLDER] [--only TEXT] [--seconds S] [--dry]     (at most ten minutes)
+
+Writes one JSON for each job into FOLDER (default: results/ here), each as soon as it is done. Offline: `--wheels` names a folder
+of wheels that the machine lacks, such as bitsandbytes'. `--dry` runs every job on the CPU with a tiny shape and keeps nothing.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+import tomllib
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from record import CHECKOUT, machine_facts, read_result, run_child, say, write_result
+
+HERE = Path(__file__).resolve().parent
+
+
+def install_wheels(wheels: Path, target: str) -> None:
+    """Put the wheels into a folder of their own; nothing is fetched."""
+    files = [str(path) for path in sorted(wheels.glob("*.whl"))]
+    command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-index", "--no-deps", "--target", target, *files]
+    subprocess.run(command, check=True)
+
+
+def job_of(name: str, settings: dict[str, Any], dry: bool) -> dict[str, Any]:
+    """The job with all that it needs to know."""
+    shared = {key: settings[key] for key in ("prompt_tokens", "new_tokens", "ram")}
+    job = {"name": name, "side": "probe", "quality": "exact", "techniques": [], "dry": dry} | shared | settings["jobs"][name]
+    return job | settings["dry"] if dry else job
+
+
+def run_job(job: dict[str, Any], seconds: float, packages: str) -> dict[str, Any]:
+    """One job in its own process, for at most `seconds`."""
+    environment = {
+        "TIGHTFIT_HOME": str(Path(packages) / "home"),
+        "PYTHONPATH": f"{CHECKOUT / 'src'}:{packages}",
+        "PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:False",
+    }
+    began = time.monotonic()
+    found = run_child([sys.executable, str(HERE / "one.py"), json.dumps(job)], job["threads"], seconds, **environment)
+    return found | {"wall_seconds": round(time.monotonic() - began, 1)}
+
+
+def line_of(name: str, found: dict[str, Any]) -> str:
+    """What a person wants to see while it runs."""
+    if "seconds_per_token" not in found:
+        return f"{name}: {found.get('error', 'done')} ({found['wall_seconds']} s)"
+    promise = (
+        f", {found['deviation']:+.1%} off the measured bytes, {found['over_floor']:.2f} times the floor" if "deviation" in found else ""
+    )
+    return f"{name}: {found['seconds_per_token']:.3f} s per token{promise} ({found['wall_seconds']} s)"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=HERE / "results")
+    parser.add_argument("--wheels", type=Path)
+    parser.add_argument("--only", default="", help="jobs whose name holds this text (and the probe)")
+    parser.add_argument("--seconds", type=float, help="when the whole must be over")
+    parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
+    parser.add_argument("--dry", action="store_true")
+    args = parser.parse_args()
+    settings = tomllib.loads((HERE / "settings.toml").read_text())
+    ends = time.monotonic() + (args.seconds or settings["seconds"])
+    facts = machine_facts(args.threads)
+    with tempfile.TemporaryDirectory(prefix="tightfit-gpu-") as packages:
+        if args.wheels:
+            install_wheels(args.wheels, packages)
+        for name in settings["jobs"]:
+            if name != "probe" and args.only not in name:
+                continue
+            job = job_of(name, settings, args.dry) | {"threads": args.threads}
+            seconds = min(job["limit_seconds"], ends - time.monotonic() - 5)
+            found = run_job(job, seconds, packages) if seconds > 20 else {"error": "no time was left", "wall_seconds": 0}
+            if name == "probe":
+                facts["probed"] = found
+            elif not args.dry:
+                before = read_result(args.out / f"{name}.json")
+                if "seconds_per_token" in found or "seconds_per_token" not in before.get("result", {}):
+                    write_result(
+                        args.out / f"{name}.json", {"question": "gpu", "name": name, "machine": facts, "settings": job, "result": found}
+                    )
+            say(line_of(name, found))
+            if args.dry:
+                print(json.dumps({name: found}))
+
+
+if __name__ == "__main__":
+    main()

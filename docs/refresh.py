@@ -126,11 +126,12 @@ _TIGHTFIT = (
 
 def shell(command: str, folder: Path, own_and: str = "") -> str:
     """What `command` says in a shell, stdout and stderr together; nothing is left of colours and bars."""
-    home = folder / "home"
+    home = Path("/nonexistent")
     if own_and:
         from tightfit.terms.machine import Machine
 
         machine = replace(Machine(), probed=True, overhead_ram=own_bytes(), allocator_slack=0.0)
+        home = folder / "home"
         home.mkdir(exist_ok=True)
         (home / "machine.json").write_text(json.dumps(asdict(machine)))
         command = with_own(command, own_and)

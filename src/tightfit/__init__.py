@@ -20,12 +20,10 @@ _FACE = {
     "Skeleton": "describe.skeleton",
     "apply": "verbs",
     "build": "runtime.build",
-    "describe": "describe.source",
     "generate": "runtime.generate",
     "evaluate": "verbs",
     "plan": "verbs",
     "probe": "runtime.probe",
-    "rehearse": "rehearse.rehearsal",
     "run": "verbs",
 }
 

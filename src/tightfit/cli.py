@@ -221,7 +221,8 @@ def demo_command() -> None:
 def main() -> None:
     """The entry point: runs a verb; what the user can mend is one clear line and a hint, with exit code 1."""
     try:
-        app(standalone_mode=False)
+        if app(standalone_mode=False) == 130:  # what typer makes of Ctrl-C
+            raise KeyboardInterrupt
     except TightfitError as error:
         _complain(error)
         sys.exit(1)

@@ -56,8 +56,8 @@ def show_report(report: Report, console: Console) -> None:
         table.add_column(name, justify="left" if not name else "right")
     for kind in KINDS:
         if predicted.get(kind) or report.measured.get(kind):
-            table.add_row(*_against(kind, predicted.get(kind, 0), report.measured.get(kind, 0)))
-    table.add_row(*_against("all tensors", total(predicted), report.measured_bytes), style="bold")
+            table.add_row(*_against(kind, predicted.get(kind, 0), report.measured.get(kind, 0), total(predicted) // 100))
+    table.add_row(*_against("all tensors", total(predicted), report.measured_bytes, 0), style="bold")
     run_peak, budget = report.process["run_peak"], plan.budget.ram
     table.add_row("process", show_bytes(plan.predicted_bytes("ram")), show_bytes(run_peak), f"budget {show_bytes(budget)}")
     console.print(table)
@@ -73,8 +73,9 @@ def show_report(report: Report, console: Console) -> None:
         console.print(f"[green]kept its word: inside the budget, {report.deviation:+.1%} off the plan[/]")
 
 
-def _against(name: str, planned: int, measured: int) -> tuple[str, str, str, str]:
-    off = f"{measured / planned - 1:+.1%}" if planned else "-"
+def _against(name: str, planned: int, measured: int, least: int) -> tuple[str, str, str, str]:
+    """A row; no share is told for a kind of fewer than `least` bytes, where it would say nothing."""
+    off = f"{measured / planned - 1:+.1%}" if max(planned, measured) > least and planned else ""
     return name, show_bytes(planned), show_bytes(measured), off
 
 

@@ -61,8 +61,12 @@ def _from_hub(name: str) -> Path:
     try:
         return Path(snapshot_download(name, allow_patterns=wanted))
     except (HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled, OSError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise TightfitError(f"`{name}` is not in the cache and could not be fetched: {reason[:200]}", hint=near(name, presets())) from error
+        why = "the hub is switched off (`HF_HUB_OFFLINE`)" if isinstance(error, OfflineModeIsEnabled) else "the hub could not be asked"
+        if isinstance(error, HfHubHTTPError):
+            why = f"the hub answered {error.response.status_code}"
+        raise TightfitError(
+            f"`{name}` is not in the cache, and {why}", hint="check the name and the connection; presets (`tightfit list`) need none"
+        ) from error
 
 
 def _buildable(skeleton: Skeleton) -> nn.Module:

@@ -151,7 +151,8 @@ def _plan(request: Request, best: Outcome, machine: Machine, turned_down: tuple[
         name: {**{kind: size for kind, size in parts.items() if size}, "weights": resting} for name, parts in best.footprint.phases.items()
     }
     phases = {"load": {"weights": resting, "workspace": best.weights.load_scratch}} | phases
-    notes = () if machine.probed else ("rates and overhead are guesses for an unknown machine; `tightfit probe` measures them",)
+    known = machine.probed and (request.budget.compute_tier == "ram" or machine.device == "cuda")
+    notes = () if known else ("rates and overhead are guesses for an unknown machine; `tightfit probe` measures them",)
     return Plan(
         model=request.skeleton.name,
         workload=request.workload,

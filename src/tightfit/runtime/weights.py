@@ -24,8 +24,13 @@ def reader(skeleton: Skeleton, random_weights: bool) -> Read:
     if skeleton.live is not None:
         tensors = skeleton.live.state_dict(keep_vars=True)
         return lambda name: tensors[name].detach()
-    if random_weights or not skeleton.origins:
+    if random_weights:
         return _random(skeleton)
+    if not skeleton.origins:
+        raise TightfitError(
+            f"`{skeleton.name}` is a preset: a shape without weights",
+            hint="name a folder or a hub id that has them; `--random-weights` runs the shape alone, for memory and speed",
+        )
     model = skeleton.meta_model()
     alias = _aliases(model)
 

@@ -26,7 +26,7 @@ class Machine:
     link_bandwidth: float = 10e9  # pinned RAM to GPU
     encode_bandwidth: Mapping[str, float] = field(default_factory=dict)  # dense bytes that a quantization takes in, by its name
     operation_seconds: float = 8e-6  # Python and dispatch, each operation
-    overhead_ram: int = 460 * MIB  # interpreter, torch, transformers, tokenizer, scratch of kernels
+    overhead_ram: int = 500 * MIB  # interpreter, torch, transformers, tokenizer, scratch of kernels
     overhead_gpu: int = 600 * MIB  # CUDA context and libraries
     overhead_bitsandbytes: int = 60 * MIB  # its library, once a technique loads it
     allocator_slack: float = 0.02  # share of the tensors' bytes lost to rounding and fragmentation

@@ -44,7 +44,7 @@ def reset_peak() -> None:
         return  # the peak then spans the whole life of the process, which errs on the safe side
 
 
-def keep_heap_tight(threshold: int = 4 << 20) -> None:
+def keep_heap_tight(threshold: int = 256 << 10) -> None:
     """Let glibc give every block above `threshold` bytes back to the kernel as soon as it is freed.
 
     By itself it raises the threshold to 32 MiB at the first large free, and then keeps what a budget has no room for.

@@ -81,14 +81,19 @@ def child_environment(threads: int, **more: str) -> dict[str, str]:
         "MKL_NUM_THREADS": str(threads),
         "HF_HUB_OFFLINE": "1",
         "TRANSFORMERS_VERBOSITY": "error",
-        "TIGHTFIT_HOME": str(cache_folder() / "home"),
+        "TIGHTFIT_HOME": str(home_of(threads)),
         **more,
     }
 
 
+def home_of(threads: int) -> Path:
+    """Where the machine file lies that was probed with so many threads: threads take memory, and set the rates."""
+    return cache_folder() / f"home-{threads}"
+
+
 def ensure_probed(threads: int) -> dict[str, Any]:
     """The benchmarks' machine file, made by `tightfit probe` where there is none yet."""
-    file = cache_folder() / "home" / "machine.json"
+    file = home_of(threads) / "machine.json"
     if not file.exists():
         say("probing the machine once")
         command = [sys.executable, "-m", "tightfit", "probe", "--json"]

@@ -32,21 +32,20 @@ def mark_run() -> None:
 def witness(work: Callable[[], object], shown: int = 0) -> dict[str, Any]:
     """`load_peak_bytes` and `measured_peak_bytes` (after `mark_run`), beyond what was allocated before `work`.
 
-    With `shown`, also what lives at the run's peak by size and operators, the largest sums first.
+    With `shown`, also what lives at both peaks by size and operators, the largest sums first.
     """
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as record:
         kept = work()  # until the records are closed, so that nothing is freed twice
     del kept
     events, began = _events(record)
-    now = load_peak = run_peak = place = 0
+    now, peaks, places = 0, {"load": 0, "run": 0}, {"load": 0, "run": 0}
     for index, event in enumerate(events):
         now += event.size
-        if event.nanoseconds < began:
-            load_peak = max(load_peak, now)
-        elif now > run_peak:
-            run_peak, place = now, index
-    found = {"measured_load_bytes": load_peak, "measured_peak_bytes": run_peak}
-    return found | ({"alive": _alive(events, place, shown)} if shown else {})
+        part = "load" if event.nanoseconds < began else "run"
+        if now > peaks[part]:
+            peaks[part], places[part] = now, index
+    found = {"measured_load_bytes": peaks["load"], "measured_peak_bytes": peaks["run"]}
+    return found | ({"alive": {part: _alive(events, place, shown) for part, place in places.items()}} if shown else {})
 
 
 def _events(record: Any) -> tuple[list[Event], int]:

@@ -5,7 +5,6 @@ python bench/plan_speed/run.py [--runs N] [--only TEXT]      (about two minutes)
 
 import argparse
 import json
-import os
 import statistics
 import subprocess
 import sys
@@ -72,7 +71,7 @@ def main() -> None:
     parser.add_argument("--only", default="", help="plans whose name holds this text; the results of the others are kept")
     args = parser.parse_args()
     settings = tomllib.loads((HERE / "settings.toml").read_text())
-    facts = machine_facts(settings["threads"]) | {"probed": ensure_probed(os.cpu_count() or 1)}
+    facts = machine_facts(settings["threads"]) | {"probed": ensure_probed(settings["threads"])}
     before = {row["name"]: row for row in read_result(RESULT).get("rows", [])}
     rows = []
     for name, arguments in settings["plans"].items():

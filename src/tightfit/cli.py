@@ -12,6 +12,7 @@ from typing import Annotated, Any
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 
 from tightfit.terms.budget import Budget
 from tightfit.terms.errors import TightfitError, near
@@ -146,7 +147,7 @@ def probe_command(as_json: Json = False) -> None:
     if not _print({**asdict(machine), "file": str(machine_file())}, as_json):
         for name, value in asdict(machine).items():
             out.print(f"{name:<22} {value:.4g}" if isinstance(value, float) else f"{name:<22} {value}")
-        talk.print(f"kept in {machine_file()}")
+        talk.print(f"kept in {machine_file()}", markup=False)
 
 
 @app.command("report")
@@ -235,22 +236,22 @@ def main() -> None:
         sys.exit(141)
     except Exception as error:
         if type(error).__module__.startswith(("click", "typer")):
-            talk.print(f"[red]error:[/] {error.format_message()}")  # type: ignore[attr-defined]
+            talk.print(f"[red]error:[/] {escape(error.format_message())}")  # type: ignore[attr-defined]
             sys.exit(2)
         if os.environ.get("TIGHTFIT_TRACEBACK"):
             raise
         first = (str(error).strip().splitlines() or ["no message"])[0]
-        talk.print(f"[red]error:[/] unexpected {type(error).__name__}: {first}", markup=True)
+        talk.print(f"[red]error:[/] unexpected {type(error).__name__}: {escape(first)}")
         talk.print("\n[cyan]hint:[/] this is a bug in tightfit; please report it with what `TIGHTFIT_TRACEBACK=1` shows")
         sys.exit(70)
 
 
 def _complain(error: TightfitError) -> None:
-    talk.print(f"[red]error:[/] {error}", markup=True)
+    talk.print(f"[red]error:[/] {escape(str(error))}")
     if error.details:
         talk.print(error.details, markup=False)
     if error.hint:
-        talk.print(f"\n[cyan]hint:[/] {error.hint}")
+        talk.print(f"\n[cyan]hint:[/] {escape(error.hint)}")
 
 
 def _task(name: str) -> Any:
@@ -272,7 +273,7 @@ def _plan(
     _quiet()
     from tightfit import verbs
 
-    with talk.status(f"rehearsing {model}"):
+    with talk.status(f"rehearsing {escape(model)}"):
         return verbs.plan(model, workload, budget, quality, technique or (), random_weights, None, alternatives)  # type: ignore[arg-type]
 
 

@@ -3,6 +3,7 @@
 from collections.abc import Iterable, Mapping
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
@@ -31,7 +32,7 @@ def show_plan(plan: Plan, console: Console) -> None:
         "tune": f"one step over {work.batch} × {work.tokens} tokens, {work.optimizer}",
         "embed": f"one pass over {work.batch} × {work.tokens} tokens",
     }[work.task]
-    console.print(f"[bold]{plan.model}[/]: {doing}")
+    console.print(f"[bold]{escape(plan.model)}[/]: {doing}")
     names = [name for name in plan.techniques] or ["as it is stored"]
     console.print(f"  techniques  {', '.join(names)} (quality {plan.quality})")
     console.print(Text("  blocks      ") + _block_map(plan))
@@ -40,11 +41,11 @@ def show_plan(plan: Plan, console: Console) -> None:
         console.print(f"              {show_bytes(total(parts))} of {show_bytes(plan.budget.bytes_of(tier))}: {_kinds(parts)}")
     console.print(f"  pace        {_pace(plan)}")
     for reason in plan.reasons:
-        console.print(f"  because     {reason}")
+        console.print(f"  because     {escape(reason)}")
     for other in plan.turned_down:
-        console.print(f"  [bright_black]not taken   {' + '.join(other.techniques) or 'as stored'}: {other.reason}[/]")
+        console.print(f"  [bright_black]not taken   {' + '.join(other.techniques) or 'as stored'}: {escape(other.reason)}[/]")
     for note in plan.notes:
-        console.print(f"  [yellow]note        {note}[/]")
+        console.print(f"  [yellow]note        {escape(note)}[/]")
 
 
 def show_report(report: Report, console: Console) -> None:
@@ -96,7 +97,7 @@ def _bar(parts: Mapping[str, int], budget: int) -> Text:
     text, used, drawn = Text(), 0, 0
     for kind in KINDS:
         used += parts.get(kind, 0)
-        upto = min(_WIDTH, round(_WIDTH * used / budget))
+        upto = min(_WIDTH, round(_WIDTH * used / max(1, budget)))
         text.append("■" * (upto - drawn), style=_COLORS[kind])
         drawn = max(drawn, upto)
     return text.append("·" * (_WIDTH - drawn), style="bright_black")

@@ -173,6 +173,8 @@ def test_random_weights_have_the_shape_and_are_the_same_every_time():
         ("./nowhere", "no model is called"),
         ("nobody/nothing", "not in the cache"),
         ("a/b/c", "no model is called"),
+        ("typo/", "no model is called"),
+        ("my model/v1", "no model is called"),
     ],
 )
 def test_an_unknown_name_is_refused(source, word):

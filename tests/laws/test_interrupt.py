@@ -24,9 +24,7 @@ TIGHT = 8 * GIB + 11 * MIB
 
 
 def test_an_interrupted_run_ends_its_threads():
-    plan = verbs.plan(
-        "tightfit-demo", Workload(tokens=16, new_tokens=200), Budget(ram=TIGHT, disk=GIB), random_weights=True, machine=ROOMY
-    )
+    plan = verbs.plan("tightfit-demo", Workload(tokens=16, new_tokens=200), Budget(ram=TIGHT, disk=GIB), random_weights=True, machine=ROOMY)
     assert "offload" in plan.techniques
     told = []
 
@@ -49,7 +47,19 @@ def test_ctrl_c_in_the_middle_of_a_streamed_run(tmp_path, monkeypatch):
     monkeypatch.setenv("TIGHTFIT_HOME", str(home))
     ROOMY.save()
     before = sorted(tmp_path.rglob("*"))
-    words = ["run", "tightfit-demo", "--random-weights", "--ram", str(TIGHT), "--disk", "1GiB", "--max-new-tokens", "900", "--prompt", "The sea"]
+    words = [
+        "run",
+        "tightfit-demo",
+        "--random-weights",
+        "--ram",
+        str(TIGHT),
+        "--disk",
+        "1GiB",
+        "--max-new-tokens",
+        "900",
+        "--prompt",
+        "The sea",
+    ]
     process = subprocess.Popen(
         [sys.executable, "-m", "tightfit", *words, "--save-report", str(tmp_path / "report.json")],
         stdout=subprocess.PIPE,

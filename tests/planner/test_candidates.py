@@ -1,4 +1,4 @@
-"""Candidates: which sets of techniques are tried, and what a wished quality allows. Techniques here are stand-ins: only their words count."""
+"""Candidates: which sets of techniques are tried, and what a wished quality allows. Stand-ins suffice: only their words count."""
 
 from dataclasses import dataclass
 from typing import ClassVar

@@ -27,8 +27,8 @@ WEIGHTS = Weights(
     libraries=frozenset(),
 )
 CPU, GPU = Budget(ram=1000), Budget(ram=1000, gpu=1000)
-ALL = Residency(("ram",) * 4, (), 0, 0, 100)
-HALF = Residency(("ram", "disk", "ram", "disk"), (1, 3), 2, 30, 110)
+ALL = Residency(("ram",) * 4, (), 0, 0, 100, 100)
+HALF = Residency(("ram", "disk", "ram", "disk"), (1, 3), 2, 30, 110, 80)
 
 
 def work(flops: float, bytes_touched: float, operations: int) -> dict[str, float]:

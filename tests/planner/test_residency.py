@@ -73,6 +73,21 @@ def test_unequal_blocks_keep_as_many_as_the_room_holds():
         assert all(sizes[position] + slack <= settled.slot_bytes for position in settled.streamed)
 
 
+def test_what_loading_and_running_take_besides_is_left_free():
+    """Four blocks of 10. Running: k residents, two slots and 5 beside. Loading: k residents, the block that is read and 12."""
+    for room in range(80):
+        settled = settle([10] * 4, "ram", {"ram": room, "disk": 100}, slots=2, slack=0, beside=5, scratch=12)
+        possible = [count for count in range(4) if max(10 * count + 20 + 5, 10 * count + 10 + 12) <= room] + [4] * (
+            max(40 + 5, 40 + 12) <= room
+        )
+        assert (settled is None) == (not possible)
+        if settled is not None:
+            assert settled.homes.count("ram") == max(possible)
+            assert (settled.fast_bytes, settled.loading_bytes) == (
+                (40, 40) if not settled.streamed else (10 * max(possible) + 20, 10 * max(possible) + 10)
+            )
+
+
 @pytest.mark.parametrize(("room", "homes"), [(40, "rrrr"), (39, "rdrd"), (30, "rddd"), (29, "dddd"), (20, "dddd")])
 def test_equal_blocks_by_hand(room, homes):
     """Four blocks of 10 and two slots: k residents take 10·k + 20."""

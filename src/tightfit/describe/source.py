@@ -55,11 +55,13 @@ def _find(source: str) -> tuple[Path | None, Any]:
 
 def _from_hub(name: str) -> Path:
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled
 
     wanted = ["*.json", "*.safetensors", "tokenizer*", "*.model", "*.jinja", "*.txt"]
     try:
         return Path(snapshot_download(name, allow_patterns=wanted))
+    except HFValidationError as error:
+        raise TightfitError(f"no model is called `{name}`: not a folder, a preset or a hub id", hint=near(name, presets())) from error
     except (HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled, OSError) as error:
         why = "the hub is switched off (`HF_HUB_OFFLINE`)" if isinstance(error, OfflineModeIsEnabled) else "the hub could not be asked"
         if isinstance(error, HfHubHTTPError):
@@ -94,7 +96,9 @@ def _load_config(file: Path) -> Any:
         raise TightfitError(f"`{file}` is not JSON: {error}", hint="fetch it again from where the weights come") from error
     model_type = values.pop("model_type", None) if isinstance(values, dict) else None
     if not isinstance(model_type, str):
-        raise TightfitError(f"`{file}` names no architecture", hint='it should say one under `"model_type"`, as `save_pretrained` writes it')
+        raise TightfitError(
+            f"`{file}` names no architecture", hint='it should say one under `"model_type"`, as `save_pretrained` writes it'
+        )
     if model_type not in CONFIG_MAPPING:
         raise TightfitError(
             f"the architecture `{model_type}` is unknown to the installed transformers", hint=near(model_type, CONFIG_MAPPING.keys())

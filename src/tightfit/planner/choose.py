@@ -69,21 +69,22 @@ def _try(request: Request, candidate: Candidate, machine: Machine, available: Ma
         footprint = rehearse(skeleton.meta_model, request.workload, candidate.techniques)
         weights = weigh(skeleton, candidate.techniques, request.random_weights)
     beside = max(total(parts) - parts.get("weights", 0) for parts in footprint.phases.values())
-    beside = max(beside, weights.load_scratch)
     libraries = weights.libraries
     streams = request.workload.task != "tune" or (candidate.recomputes() and weights.frozen_blocks)
     room = {
-        "gpu": _room(machine, "gpu", budget.gpu, libraries) - weights.outside - beside,
-        "ram": _room(machine, "ram", budget.ram, libraries) - (weights.passing if fast == "gpu" else weights.outside + beside),
+        "gpu": _room(machine, "gpu", budget.gpu, libraries) - weights.outside,
+        "ram": _room(machine, "ram", budget.ram, libraries) - (weights.passing if fast == "gpu" else weights.outside),
         "disk": budget.disk if weights.changed else 1 << 62,  # else blocks are read from where they are
     }
     staging = 0 if fast == "gpu" else weights.staging  # a GPU's readers have their buffers in RAM
-    residency = settle(weights.blocks, fast, room, SLOTS, SLOT_SLACK, staging)
+    residency = settle(weights.blocks, fast, room, SLOTS, SLOT_SLACK, staging, beside, weights.load_scratch)
     if residency is not None and residency.streamed and not streams:
         residency = None
-    lowest = residency or (least(weights.blocks, fast, SLOTS, SLOT_SLACK, staging) if streams else _all_on(fast, weights))
+    lowest = residency or _all_on(fast, weights)
+    if residency is None and streams:
+        lowest = least(weights.blocks, fast, SLOTS, SLOT_SLACK, staging, beside, weights.load_scratch)
     predicted = _predicted(request, footprint, weights, lowest, machine)
-    needed = _needed(fast, predicted, weights, machine)
+    needed = _needed(fast, predicted, weights, lowest, machine)
     expected = pace(footprint, weights, lowest, request.workload, budget, machine, candidate.names)
     return Outcome(candidate, footprint, weights, residency, predicted, needed, expected)
 
@@ -95,7 +96,7 @@ def _room(machine: Machine, tier: str, cap: int, libraries: frozenset[str]) -> i
 
 
 def _all_on(fast: str, weights: Weights) -> Residency:
-    return Residency((fast,) * len(weights.blocks), (), 0, 0, sum(weights.blocks))
+    return Residency((fast,) * len(weights.blocks), (), 0, 0, sum(weights.blocks), sum(weights.blocks))
 
 
 def _predicted(
@@ -118,12 +119,15 @@ def _predicted(
     return predicted
 
 
-def _needed(fast: str, predicted: Mapping[str, Mapping[str, int]], weights: Weights, machine: Machine) -> dict[str, Mapping[str, int]]:
+def _needed(
+    fast: str, predicted: Mapping[str, Mapping[str, int]], weights: Weights, residency: Residency, machine: Machine
+) -> dict[str, Mapping[str, int]]:
     """As `predicted`, but at the highest moment of loading or running."""
     needed = dict(predicted)
     for tier, scratch in {"ram": weights.passing, fast: weights.load_scratch}.items():  # on a CPU the latter alone
         if tier in predicted:
-            load = {"weights": predicted[tier]["weights"], "workspace": scratch}
+            held = weights.outside + residency.loading_bytes if tier == fast else predicted[tier]["weights"]
+            load = {"weights": held, "workspace": scratch}
             load |= {"overhead": machine.overhead(tier, total(load), weights.libraries)}
             needed[tier] = max(predicted[tier], load, key=total)
     return needed
@@ -150,7 +154,7 @@ def _plan(request: Request, best: Outcome, machine: Machine, turned_down: tuple[
     phases = {
         name: {**{kind: size for kind, size in parts.items() if size}, "weights": resting} for name, parts in best.footprint.phases.items()
     }
-    phases = {"load": {"weights": resting, "workspace": best.weights.load_scratch}} | phases
+    phases = {"load": {"weights": best.weights.outside + residency.loading_bytes, "workspace": best.weights.load_scratch}} | phases
     known = machine.probed and (request.budget.compute_tier == "ram" or machine.device == "cuda")
     notes = () if known else ("rates and overhead are guesses for an unknown machine; `tightfit probe` measures them",)
     return Plan(

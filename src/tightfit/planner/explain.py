@@ -59,7 +59,8 @@ def _helps(request: Request, outcomes: list[Outcome], nearest: Outcome, tier: st
     fitting = [outcome for outcome in outcomes if outcome.residency is not None]
     if fitting:
         best = min(fitting, key=lambda outcome: outcome.pace.whole)
-        return f"`--quality {best.candidate.quality}` lets `{' + '.join(best.candidate.names)}` fit in {show_bytes(total(best.predicted[fast]))}"
+        names, size = " + ".join(best.candidate.names), show_bytes(total(best.predicted[fast]))
+        return f"`--quality {best.candidate.quality}` lets `{names}` fit in {size}"
     smallest = min(outcomes, key=lambda outcome: total(outcome.needed[fast])) if tier == fast else nearest
     least = total(smallest.needed[tier])
     quality = "" if allowed(smallest.candidate, request.quality, request.asked) else f" with `--quality {smallest.candidate.quality}`"

@@ -17,6 +17,7 @@ class Residency:
     slots: int
     slot_bytes: int
     fast_bytes: int  # residents, slots and the readers' buffers together
+    loading_bytes: int  # residents and one block that is read before it streams; slots are made after all is read
 
 
 def resident(blocks: int, room: int) -> set[int]:
@@ -29,26 +30,35 @@ def resident(blocks: int, room: int) -> set[int]:
     return {i for i in range(blocks) if (i + 1) * swapped // blocks == i * swapped // blocks}
 
 
-def settle(block_bytes: Sequence[int], fast: str, room: Mapping[str, int], slots: int, slack: int, staging: int = 0) -> Residency | None:
+def settle(
+    block_bytes: Sequence[int],
+    fast: str,
+    room: Mapping[str, int],
+    slots: int,
+    slack: int,
+    staging: int = 0,
+    beside: int = 0,
+    scratch: int = 0,
+) -> Residency | None:
     """The residency that keeps most blocks on the `fast` tier within `room` (bytes by tier), or None if not even the slots fit.
 
     What does not stay goes to RAM while there is room (when computing on a GPU), the rest to disk, both spread evenly.
     A slot is as large as the largest streamed block, and `slack` bytes for alignment; `staging` bytes are needed beside the
-    slots as soon as any block streams.
+    slots as soon as any block streams. Running takes `beside` bytes of the fast tier beside the blocks, loading `scratch`.
     """
     for count in range(len(block_bytes), -1, -1):
         settled = _keeping(count, block_bytes, fast, slots, slack, staging)
-        if settled.fast_bytes <= room[fast]:
+        if max(settled.fast_bytes + beside, settled.loading_bytes + scratch) <= room[fast]:
             homes = _second_homes(block_bytes, settled.streamed, fast, room)
             if homes is not None:
                 return replace(settled, homes=tuple(homes.get(position, fast) for position in range(len(block_bytes))))
     return None
 
 
-def least(block_bytes: Sequence[int], fast: str, slots: int, slack: int, staging: int = 0) -> Residency:
+def least(block_bytes: Sequence[int], fast: str, slots: int, slack: int, staging: int = 0, beside: int = 0, scratch: int = 0) -> Residency:
     """The residency that needs the fewest bytes of the `fast` tier; what streams comes from disk."""
     found = (_keeping(count, block_bytes, fast, slots, slack, staging) for count in range(len(block_bytes) + 1))
-    return min(found, key=lambda residency: residency.fast_bytes)
+    return min(found, key=lambda residency: max(residency.fast_bytes + beside, residency.loading_bytes + scratch))
 
 
 def _keeping(count: int, block_bytes: Sequence[int], fast: str, slots: int, slack: int, staging: int) -> Residency:
@@ -58,9 +68,9 @@ def _keeping(count: int, block_bytes: Sequence[int], fast: str, slots: int, slac
     held = sum(block_bytes[position] for position in stays)
     homes = tuple(fast if position in stays else "disk" for position in range(len(block_bytes)))
     if not streamed:
-        return Residency(homes, (), 0, 0, held)
+        return Residency(homes, (), 0, 0, held, held)
     used_slots, slot_bytes = min(slots, len(streamed)), max(block_bytes[position] for position in streamed) + slack
-    return Residency(homes, streamed, used_slots, slot_bytes, held + used_slots * slot_bytes + staging)
+    return Residency(homes, streamed, used_slots, slot_bytes, held + used_slots * slot_bytes + staging, held + slot_bytes)
 
 
 def _second_homes(block_bytes: Sequence[int], streamed: Sequence[int], fast: str, room: Mapping[str, int]) -> dict[int, str] | None:

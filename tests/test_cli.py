@@ -1,0 +1,222 @@
+"""The command line: what each verb prints, its JSON, and plans and reports that are saved and taken up again."""
+
+import json
+import re
+from dataclasses import fields
+
+import pytest
+
+from tightfit import catalog, verbs
+from tightfit.presets import presets
+from tightfit.terms.budget import Budget
+from tightfit.terms.footprint import KINDS
+from tightfit.terms.machine import Machine
+from tightfit.terms.plan import Plan
+from tightfit.terms.report import Report
+from tightfit.terms.units import GIB, MIB, show_bytes
+from tightfit.terms.workload import Workload
+
+HEADINGS = ["*What shrinks*", "*What it costs*", "*How it works*", "*Shapes*", "*Relations*", "*Paper*"]
+RUN = ["run", "tightfit-demo", "--prompt", "The sea was calm", "--max-new-tokens", 4, "--ram", "64GiB"]
+
+
+def test_list_names_every_technique_and_preset(tightfit_says):
+    said = tightfit_says("list", "--json")
+    values = json.loads(said.out)
+    assert (said.code, said.err) == (0, "")
+    assert list(values["techniques"]) == catalog.technique_names()
+    assert all(len(summary) > 20 for summary in values["techniques"].values())
+    assert values["presets"] == list(presets())
+    shown = tightfit_says("list").out
+    assert all(name in shown for name in [*values["techniques"], *values["presets"]])
+
+
+@pytest.mark.parametrize("name", catalog.technique_names())
+def test_explain_has_every_heading_and_every_setting_with_its_price(name, tightfit_says):
+    values = json.loads(tightfit_says("explain", name, "--json").out)
+    assert values["text"].startswith(f"{name}: ")
+    places = [values["text"].find(heading) for heading in HEADINGS]
+    assert -1 not in places and places == sorted(places)
+    names = [field.name for field in fields(catalog.technique(name))]
+    assert [setting["name"] for setting in values["settings"]] == names
+    assert all(setting["price"] for setting in values["settings"])
+    shown = tightfit_says("explain", name).out
+    assert values["text"].splitlines()[0] in shown
+    assert all(f"{name} = " in shown for name in names)
+
+
+def test_plan_json_tells_all(tightfit_says):
+    said = tightfit_says("plan", "llama-2-7b", "--gpu", "6GiB", "--ram", "32GiB", "--disk", "100GiB", "--context", 256, "--json")
+    values = json.loads(said.out)
+    assert said.code == 0
+    assert (values["model"], values["quality"]) == ("llama-2-7b", "exact")
+    assert values["budget"] == {"gpu": 6 * GIB, "ram": 32 * GIB, "disk": 100 * GIB}
+    assert values["workload"] == {"task": "generate", "batch": 1, "tokens": 256, "new_tokens": 128, "optimizer": "adamw"}
+    assert values["techniques"]["offload"]["streamed"] == [place for place, home in enumerate(values["residency"]) if home != "gpu"]
+    assert (len(values["residency"]), sum(values["resting"].values())) == (32, 32)
+    assert values["predicted_bytes"] == {tier: sum(parts.values()) for tier, parts in values["predicted"].items()}
+    assert all(set(parts) <= set(KINDS) for parts in [*values["predicted"].values(), *values["phases"].values()])
+    assert all(values["predicted_bytes"][tier] <= values["budget"][tier] for tier in values["predicted_bytes"])
+    assert set(values["seconds"]) >= {"load", "prefill", "token", "stream"}
+    assert values["reasons"] and {"techniques", "reason"} == set(values["turned_down"][0])
+    assert values["streamed_bytes"] > 0
+    assert json.loads(json.dumps(Plan.from_json(values).to_json())) == values
+
+
+@pytest.mark.parametrize("task", ["tune", "embed"])
+def test_plan_of_other_tasks(task, tightfit_says):
+    values = json.loads(tightfit_says("plan", "bert-base", "--task", task, "--batch", 2, "--context", 64, "--ram", "16GiB", "--json").out)
+    assert values["workload"]["task"] == task
+    assert values["seconds"]["step"] > 0
+    assert ("optimizer" in values["predicted"]["ram"]) == (task == "tune")
+
+
+def test_plan_shows_a_map_and_the_pace(tightfit_says):
+    said = tightfit_says("plan", "llama-2-7b", "--ram", "8GiB", "--quality", "near", "--max-new-tokens", 16)
+    assert said.code == 0
+    assert re.search(r"^llama-2-7b: read 512 tokens, write 16$", said.out, re.MULTILINE)
+    for word in ("techniques", "blocks", "32 on", "ram", "of 8.00 GiB", "pace", "a token", "because", "not taken", "tightfit probe"):
+        assert word in said.out
+
+
+def test_run_json_adds_what_was_measured(tightfit_says):
+    said = tightfit_says(*RUN, "--json")
+    values = json.loads(said.out)
+    assert said.code == 0
+    assert values["plan"]["model"] == "tightfit-demo"
+    assert 1 <= values["tokens"] <= 4 and isinstance(values["text"], str)
+    assert values["measured_peak_bytes"] == sum(values["measured"].values())
+    assert values["predicted_peak_bytes"] == Plan.from_json(values["plan"]).tensor_bytes()
+    assert values["deviation"] == values["measured_peak_bytes"] / values["predicted_peak_bytes"] - 1
+    assert abs(values["deviation"]) < 0.05 and values["warnings"] == []
+    assert values["process"]["run_peak"] >= values["process"]["anonymous"] > values["measured"]["weights"]
+    assert set(values["seconds"]) == {"load", "first_token", "per_token", "whole", "waited"}
+
+
+def test_a_plan_is_repeated_and_its_report_is_shown_again(tightfit_says, tmp_path):
+    """plan --save, run --plan twice with --save-report, report: the same plan and, since it is greedy, the same text."""
+    plan, saved = tmp_path / "plan.json", tmp_path / "report.json"
+    words = [
+        "plan",
+        "tightfit-demo",
+        "--ram",
+        "64GiB",
+        "--context",
+        16,
+        "--max-new-tokens",
+        4,
+        "--technique",
+        "int8:where=mlp",
+        "--save",
+        plan,
+    ]
+    assert tightfit_says(*words).code == 0
+    assert Plan.load(plan).techniques == {"int8": {"where": "mlp"}}
+    repeat = ["run", "--plan", plan, "--prompt", "The sea was calm"]
+    first = tightfit_says(*repeat, "--save-report", saved)
+    again = json.loads(tightfit_says(*repeat, "--json").out)
+    assert first.code == 0
+    report = Report.from_json(json.loads(saved.read_text()))
+    assert report.plan == Plan.load(plan) == Plan.from_json(again["plan"])
+    assert first.out.strip() == f"The sea was calm{report.text}".strip()
+    assert (again["text"], again["tokens"], again["measured"]) == (report.text, report.tokens, report.measured)
+    shown = tightfit_says("report", saved)
+    assert shown.code == 0
+    assert all(word in shown.out for word in ("planned", "measured", "weights", "process", "first token after"))
+    assert json.loads(tightfit_says("report", saved, "--json").out) == json.loads(saved.read_text())
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["plan.json", "report.json"]
+
+
+def test_text_is_data_and_the_rest_is_talk(tightfit_says):
+    said = tightfit_says(*RUN)
+    assert said.code == 0
+    assert said.out.startswith("The sea was calm")
+    assert "planned" not in said.out and "planned" in said.err
+    assert "kept its word" in said.err
+
+
+def test_a_streamed_run_by_a_machine_that_was_probed(tightfit_says, monkeypatch, tmp_path):
+    """A machine whose overhead is so high that this process stays below it: what is left of the budget makes the model stream."""
+    monkeypatch.setenv("TIGHTFIT_HOME", str(tmp_path))
+    Machine(probed=True, overhead_ram=16 * GIB, allocator_slack=0.0).save()
+    resident = json.loads(tightfit_says(*RUN, "--json").out)
+    values = json.loads(tightfit_says(*RUN[:-2], "--ram", 16 * GIB + 11 * MIB, "--json").out)
+    assert "offload" in values["plan"]["techniques"] and values["plan"]["notes"] == []
+    assert values["moved_bytes"] >= values["plan"]["streamed_bytes"] > 0
+    assert values["text"] == resident["text"]
+    assert values["measured_peak_bytes"] < 11 * MIB < resident["measured_peak_bytes"]
+    assert abs(values["deviation"]) < 0.05
+
+
+def test_sampling_is_repeated_by_its_seed(tightfit_says):
+    texts = [json.loads(tightfit_says(*RUN, "--temperature", 1.5, "--seed", seed, "--json").out)["text"] for seed in (5, 5, 6)]
+    assert texts[0] == texts[1] != texts[2]
+
+
+def test_eval_of_a_small_text(tightfit_says, tmp_path):
+    """Perplexity by hand: one window, every token but the first."""
+    import torch
+
+    from tightfit.describe.source import describe
+    from tightfit.runtime.build import build
+    from tightfit.runtime.tokens import encode
+
+    text = "It was a bright day, and the old man sat by the sea."
+    (tmp_path / "text").write_text(text)
+    values = json.loads(tightfit_says("eval", "tightfit-demo", tmp_path / "text", "--context", 64, "--ram", "64GiB", "--json").out)
+    skeleton = describe("tightfit-demo")
+    ids = encode(skeleton, text).input_ids
+    with build(Plan.all_resident("tightfit-demo", Workload(), 12, {}), skeleton) as held, torch.no_grad():
+        logits = held.model(input_ids=ids).logits[0, :-1].float()
+    loss = torch.nn.functional.cross_entropy(logits, ids[0, 1:], reduction="sum").item()
+    assert values["tokens"] == ids.shape[1] - 1
+    assert values["perplexity"] == pytest.approx(2.718281828 ** (loss / values["tokens"]), rel=1e-4)
+    assert values["bits_per_byte"] == pytest.approx(loss / 0.69314718 / len(text), rel=1e-4)
+    shown = tightfit_says("eval", "tightfit-demo", tmp_path / "text", "--context", 8, "--ram", "64GiB")
+    assert shown.code == 0
+    assert re.search(r"perplexity \d+\.\d+   bits per byte \d\.\d+   over \d+ tokens", shown.out)
+
+
+def test_an_interrupt_is_told_in_one_line(tightfit_says, monkeypatch):
+    def interrupted(*_words, **_more):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(verbs, "plan", interrupted)
+    said = tightfit_says("plan", "llama-2-7b", "--ram", "8GiB")
+    assert (said.code, said.out) == (130, "")
+    assert said.err.strip() == "interrupted; nothing was left behind"
+
+
+def test_a_fault_of_our_own_is_told_as_one(tightfit_says, monkeypatch):
+    def broken(*_words, **_more):
+        raise RuntimeError("two\nlines")
+
+    monkeypatch.setattr(verbs, "plan", broken)
+    monkeypatch.delenv("TIGHTFIT_TRACEBACK", raising=False)
+    said = tightfit_says("plan", "llama-2-7b", "--ram", "8GiB")
+    assert said.code == 70
+    assert "error: unexpected RuntimeError: two\n" in said.err and "hint:" in said.err and "Traceback" not in said.err
+    monkeypatch.setenv("TIGHTFIT_TRACEBACK", "1")
+    with pytest.raises(RuntimeError):
+        tightfit_says("plan", "llama-2-7b", "--ram", "8GiB")
+
+
+@pytest.mark.parametrize("verb", ["plan", "run", "eval", "probe", "report", "list", "explain", "bench", "demo"])
+def test_every_verb_has_help(verb, tightfit_says):
+    said = tightfit_says(verb, "--help")
+    assert said.code == 0
+    assert "Usage: " in said.out and verb in said.out
+
+
+def test_square_brackets_in_names_are_shown_as_they_are(tightfit_says, tmp_path, saved):
+    """rich takes `[bold]` for markup; a folder may be called so."""
+    folder = tmp_path / "[bold]model"
+    folder.symlink_to(saved("llama"))
+    assert "[bold]model: read" in tightfit_says("plan", folder, "--ram", "64GiB", "--context", 8).out
+    assert "`[red]x[/]`" in tightfit_says("plan", "[red]x[/]").err
+
+
+def test_the_budget_is_shown_as_it_was_typed(tightfit_says):
+    said = tightfit_says("plan", "tightfit-demo", "--ram", "3GB", "--context", 8)
+    assert f"of {show_bytes(3 * 10**9)}" in said.out
+    assert Budget.parse(ram="3GB").ram == 3 * 10**9

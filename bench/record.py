@@ -119,8 +119,8 @@ def run_child(command: list[str], threads: int, timeout: float, **more: str) -> 
         return {"error": f"not done after {timeout:.0f} s"}
     found = last_json(done.stdout)
     if found is None:
-        last = (done.stderr.strip().splitlines() or [f"ended with {done.returncode}"])[-1]
-        return {"error": last}
+        last = (done.stderr.strip().splitlines() or ["no message"])[-1]
+        return {"error": f"ended with {done.returncode}: {last}"}
     return found
 
 

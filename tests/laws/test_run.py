@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from families import CONFIGS, GENERATES, ids, make
+from families import CONFIGS, ids, make
 
 import tightfit
 from tightfit import catalog, steps
@@ -109,7 +109,7 @@ def test_pairs_train(techniques):
 
 
 @pytest.mark.parametrize("technique", ["", *catalog.technique_names()])
-@pytest.mark.parametrize("family", GENERATES)
+@pytest.mark.parametrize("family", ["llama", "bloom", "t5", "qwen3-moe"])
 def test_every_technique_writes(family, technique, saved):
     """Through the whole run: built from files, Hugging Face `generate`, and a report with the planned number of tokens."""
     skeleton = describe(str(saved(family)))

@@ -79,7 +79,7 @@ def test_through_three_slots(saved):
 
 
 @pytest.mark.parametrize("technique", ["int8", "nf4"])
-@pytest.mark.parametrize("family", ["llama", "gpt2", "t5", "qwen3-moe"])
+@pytest.mark.parametrize("family", ["gpt2", "t5", "qwen3-moe"])
 def test_quantized_through_the_spill(family, technique, saved):
     compare(saved(family), room=1, **{technique: {}})
 
@@ -129,8 +129,9 @@ def gradients(model, batch):
     return [*losses, *(parameter.grad for parameter in trainable)]
 
 
-@pytest.mark.parametrize("technique", ["", "int8", "nf4"])
-@pytest.mark.parametrize("family", ["llama", "qwen3-moe", "bloom"])
+@pytest.mark.parametrize(
+    ("family", "technique"), [("llama", ""), ("bloom", ""), ("qwen3-moe", ""), ("llama", "int8"), ("qwen3-moe", "nf4")]
+)
 def test_gradients_through_a_frozen_base(family, technique, saved):
     """`recompute` fetches each block's weights again for its backward pass; two steps, so four turns."""
     techniques = ({technique: {}} if technique else {}) | {"recompute": {}}

@@ -109,8 +109,8 @@ def test_too_little_room_is_refused_with_what_is_missing_and_a_hint_that_works()
     assert "--ram" in error.hint
 
 
-@pytest.mark.parametrize("workload", [GENERATE, Workload("embed", 4, 128), Workload("embed", 1, 4), TUNE], ids=str)
-@pytest.mark.parametrize("quality", ["exact", "near", "small"])
+@pytest.mark.parametrize("workload", [GENERATE, Workload("embed", 4, 128), TUNE], ids=str)
+@pytest.mark.parametrize("quality", ["exact", "near"])
 @pytest.mark.parametrize("tier", ["ram", "gpu"])
 def test_every_refusals_hint_works(workload, quality, tier):
     """What the hint says is typed, word by word, until the plan fits; every refusal says something new."""

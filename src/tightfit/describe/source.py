@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -118,7 +119,7 @@ def _model_class(config: Any, task: Task) -> type[nn.Module]:
     import transformers
     from transformers.models.auto import modeling_auto as auto
 
-    named = [name for name in config.architectures or () if name in dir(transformers)]
+    named = [name for name in config.architectures or () if _is_offered(transformers, name)]
     generates = {*auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values(), *auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES.values()}
     if task == "generate" and (not named or named[0] not in generates):
         names = auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES | auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES
@@ -130,6 +131,15 @@ def _model_class(config: Any, task: Task) -> type[nn.Module]:
     if not named:
         named = [auto.MODEL_MAPPING_NAMES[config.model_type]]
     return getattr(transformers, named[0])
+
+
+def _is_offered(package: ModuleType, name: str) -> bool:
+    """Whether the lazy `package` has `name`; asking it for all its names takes a quarter of a second."""
+    try:
+        getattr(package, name)
+        return True
+    except (AttributeError, ImportError):
+        return False
 
 
 def _stored_dtype(config: Any, records: dict[str, Any]) -> torch.dtype:

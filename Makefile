@@ -37,6 +37,7 @@ lint: $(READY)
 	$(BIN)/ruff check
 	$(BIN)/basedpyright --pythonpath $(BIN)/python
 	$(BIN)/lint-imports --no-logo
+	$(BIN)/python bench/table.py --check
 
 check: lint test
 

@@ -118,7 +118,7 @@ def bigger_than_memory(results: Results) -> str:
         sources.append(told(result["machine"], "bigger_than_memory", part))
     intro = (
         "Cold page cache, a memory cgroup whose limit is the budget, A B A B, medians of ratios. *Floor*: bytes that must be read for a "
-        "token over the disk's direct-read bandwidth, measured before and after each run."
+        "token over the fastest direct reads seen in the job, by passes before and after each run or by the runs themselves."
     )
     body = table("case|ours a token (planned)|over the floor:|peer a token|faster:|process|pairs:|as wished", rows)
     return "\n\n".join([intro, body, *sources])

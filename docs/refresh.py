@@ -149,7 +149,7 @@ def tidy(text: str) -> str:
 
 def table(name: str) -> str:
     """A generated table, in Markdown."""
-    return {"techniques": _techniques, "families": _families}[name]()
+    return {"techniques": _techniques, "families": _families, "beside": _beside}[name]()
 
 
 def _techniques() -> str:
@@ -170,6 +170,20 @@ def _families() -> str:
     from tightfit.presets import presets
 
     return ", ".join(f"`{name}`" for name in presets())
+
+
+def _beside() -> str:
+    """What `bigger_than_memory` measured, in the words of somebody who has a model and a machine."""
+    models = {"a": "2.2 GB, nothing rounded", "b": "2.2 GB, `--quality near`", "c": "8.2 GB, brought to eight bits"}
+    peers = {"accelerate": "accelerate's disk offload", "llama.cpp": "llama.cpp, Q8_0 with mmap"}
+    rows = []
+    for part, model in models.items():
+        result = json.loads((ROOT / "bench" / "bigger_than_memory" / "results" / f"{part}.json").read_text())
+        found, settings = result["summary"], result["settings"]
+        floor = f", {found['over_floor']:.2f} times the disk's own time" if found["over_floor"] else ": all of it rests in RAM"
+        beside = f"{peers[settings['peer']]}: {found['speedup']:.1f} times as long"
+        rows.append(f"| {model} | {settings['ram']} | {found['seconds_per_token']:.2f} s{floor} | {beside} |")
+    return "\n".join(["| A model of | in | a token takes | beside it |", "|---|---|---|---|", *rows])
 
 
 def refreshed(page: Path, folder: Path) -> str:

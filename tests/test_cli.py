@@ -154,7 +154,7 @@ def test_eval_of_a_small_text(tightfit_says, tmp_path):
     skeleton = describe("tightfit-demo")
     ids = encode(skeleton, text).input_ids
     with build(Plan.all_resident("tightfit-demo", Workload(), 12, {}), skeleton) as held, torch.no_grad():
-        logits = held.model(input_ids=ids).logits[0, :-1].float()
+        logits = held.model(input_ids=ids[:, :-1]).logits[0].float()
     loss = torch.nn.functional.cross_entropy(logits, ids[0, 1:], reduction="sum").item()
     assert values["tokens"] == ids.shape[1] - 1
     assert values["perplexity"] == pytest.approx(2.718281828 ** (loss / values["tokens"]), rel=1e-4)
@@ -162,6 +162,29 @@ def test_eval_of_a_small_text(tightfit_says, tmp_path):
     shown = tightfit_says("eval", "tightfit-demo", tmp_path / "text", "--context", 8, "--ram", "64GiB")
     assert shown.code == 0
     assert re.search(r"perplexity \d+\.\d+   bits per byte \d\.\d+   over \d+ tokens", shown.out)
+
+
+def test_a_saved_plan_is_not_changed_by_options(tightfit_says, tmp_path):
+    plan = tmp_path / "plan.json"
+    assert tightfit_says("plan", "tightfit-demo", "--ram", "4GiB", "--save", plan).code == 0
+    said = tightfit_says("run", "--plan", plan, "--ram", "2GiB", "--technique", "int8")
+    assert said.code == 1
+    assert "`--ram`, `--technique` would change the plan" in said.err and "hint: " in said.err
+
+
+def test_bare_tightfit_shows_its_help(tightfit_says):
+    said = tightfit_says()
+    assert said.code == 2 and "Usage: " in said.out + said.err and "error:" not in said.err
+
+
+def test_bench_hands_options_on(tightfit_says, tmp_path, monkeypatch):
+    """A benchmark prints one JSON object; without `--json` it is not shown."""
+    (tmp_path / "bench" / "toy").mkdir(parents=True)
+    (tmp_path / "bench" / "toy" / "run.py").write_text("import json, sys\nprint(json.dumps({'given': sys.argv[1:]}))\n")
+    monkeypatch.chdir(tmp_path)
+    assert json.loads(tightfit_says("bench", "toy", "--part", "a", "--json").out) == {"given": ["--part", "a"]}
+    assert tightfit_says("bench", "toy", "--part", "a").out == "results are in bench/toy/results\n"
+    assert "did you mean `toy`" in tightfit_says("bench", "to").err
 
 
 def test_an_interrupt_is_told_in_one_line(tightfit_says, monkeypatch):

@@ -80,7 +80,7 @@ def ours(job: Job) -> dict[str, Any]:
         "plan_seconds": plan_seconds,
         "predicted_peak_bytes": plan.tensor_bytes(),
         "measured_peak_bytes": measured,
-        "deviation": plan.tensor_bytes() / measured - 1,
+        "deviation": measured / plan.tensor_bytes() - 1,
         "reserved_peak_bytes": report.gpu.get("reserved", 0),
         "load_peaks": load_peaks,
         "budget_bytes": plan.budget.bytes_of(plan.compute_tier),

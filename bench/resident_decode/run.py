@@ -96,7 +96,7 @@ def main() -> None:
     result = before if before.get("settings") == asked else fresh
     take_turns(settings, args, result)
     profile_ours(settings, args, result)
-    print(json.dumps(result["rows"]))
+    print(json.dumps({"rows": result["rows"]}))
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ from functools import cache
 from importlib.metadata import entry_points
 from pathlib import Path
 from types import ModuleType
-from typing import Any, get_type_hints
+from typing import Any, get_args, get_origin, get_type_hints
 
 from tightfit.contracts import Transform
 from tightfit.terms.errors import TightfitError, near
@@ -112,20 +112,31 @@ def _restored(name: str, setting: str, kind: Any, value: Any) -> Any:
 
 
 def parse(text: str) -> tuple[str, dict[str, Any]]:
-    """Name and settings from `NAME` or `NAME:key=value,key=value`, as the command line takes them."""
+    """Name and settings from `NAME` or `NAME:key=value,key=value`, as the command line takes them.
+
+    A value may hold commas: a piece without `=` continues the value before it, as in `targets=q_proj,v_proj,rank=8`.
+    """
     name, _, rest = text.partition(":")
     hints = get_type_hints(technique(name))
-    settings: dict[str, Any] = {}
-    for pair in filter(None, rest.split(",")):
-        key, equals, value = pair.partition("=")
-        if not equals:
-            raise TightfitError(f"`{pair}` is not a setting", hint=f"write `{name}:key=value,key=value`")
-        settings[key.strip()] = _typed(value.strip(), hints.get(key.strip(), str), f"{name}:{key}")
+    pieces: dict[str, list[str]] = {}
+    for piece in filter(None, rest.split(",")):
+        key, equals, value = piece.partition("=")
+        if equals:
+            pieces[key.strip()] = [value]
+        elif pieces:
+            pieces[next(reversed(pieces))].append(piece)
+        else:
+            raise TightfitError(f"`{piece}` is not a setting", hint=f"write `{name}:key=value,key=value`")
+    settings = {key: _typed(found, hints.get(key, str), f"{name}:{key}") for key, found in pieces.items()}
     make(name, settings)
     return name, settings
 
 
-def _typed(value: str, kind: Any, place: str) -> Any:
+def _typed(pieces: list[str], kind: Any, place: str) -> Any:
+    """The value of type `kind` whose `pieces` stood between commas; only a tuple takes them apart."""
+    if get_origin(kind) is tuple:
+        return tuple(_typed([piece], get_args(kind)[0], place) for piece in pieces)
+    value = ",".join(pieces).strip()
     if kind is bool:
         if value.lower() not in ("true", "false"):
             raise TightfitError(f"`{place}` is true or false, not `{value}`")

@@ -6,14 +6,15 @@ stdout is data, stderr is talk; `--json` prints one JSON object. Nothing heavy i
 import json
 import os
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import redirect_stdout
+from io import StringIO
 from typing import Annotated, Any
 
 import typer
 from rich.console import Console
 from rich.markup import escape
 
+from tightfit.talk import bar, complain, emit, out, refuse_unwritable, talk, write
 from tightfit.terms.budget import Budget
 from tightfit.terms.errors import TightfitError, near
 from tightfit.terms.plan import Plan
@@ -26,9 +27,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-out, talk = Console(soft_wrap=True, highlight=False), Console(stderr=True, soft_wrap=True, highlight=False)
 
-DEMO = "tightfit-demo"
 Model = Annotated[str, typer.Argument(help="A folder, a preset (see `tightfit list`), or a Hugging Face id.", show_default=False)]
 Size = Annotated[str | None, typer.Option(help="A size such as 6GiB or 6GB.", show_default=False)]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
@@ -59,15 +58,20 @@ def plan_command(
 ) -> None:
     """Say beforehand what a model will take and how fast it will be, without loading a weight."""
     workload = Workload(_task(task), batch, context, max_new_tokens)
-    _refuse_unwritable(save)
-    planned = _plan(model, workload, Budget.parse(gpu, ram, disk), quality, technique, random_weights, alternatives=True)
-    _print(planned.to_json(), as_json) or _show().show_plan(planned, out)
+    refuse_unwritable(save)
+    _quiet()
+    from tightfit import verbs
+
+    with talk.status(f"rehearsing {escape(model)}"):
+        planned = verbs.plan(model, workload, Budget.parse(gpu, ram, disk), quality, technique or (), random_weights)  # type: ignore[arg-type]
+    emit(planned.to_json(), as_json) or _show().show_plan(planned, out)
     if save:
-        _write(save, planned.to_json())
+        write(save, planned.to_json())
 
 
 @app.command("run")
 def run_command(
+    context: typer.Context,
     model: Annotated[str | None, typer.Argument(help="A folder, a preset, or a Hugging Face id.", show_default=False)] = None,
     prompt: Annotated[str, typer.Option(help="The text to continue.")] = "Once upon a time",
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens to write.")] = 128,
@@ -90,16 +94,22 @@ def run_command(
     """Run a model inside the budget, and show afterwards that the plan was kept."""
     if (model is None) == (plan is None):
         raise TightfitError("name a model, or a plan with `--plan`, and not both", hint="`tightfit run tightfit-demo --prompt Hello`")
-    _refuse_unwritable(save_report)
-    planned = (
-        Plan.load(plan)
-        if plan
-        else _plan_prompt(model or "", prompt, chat, max_new_tokens, Budget.parse(gpu, ram, disk), quality, technique, random_weights)
-    )
+    refuse_unwritable(save_report)
+    _quiet()
+    if plan:
+        _refuse_replanning(context)
+        planned = Plan.load(plan)
+    else:
+        from tightfit import verbs
+
+        with talk.status(f"rehearsing {escape(model or '')}"):
+            planned = verbs.plan_prompt(
+                model or "", prompt, max_new_tokens, Budget.parse(gpu, ram, disk), quality, technique or (), random_weights, chat
+            )
     report = _run(planned, prompt, chat, as_json, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed, stop=tuple(stop or ()))
-    _print(report.to_json(), as_json) or _show().show_report(report, talk)
+    emit(report.to_json(), as_json) or _show().show_report(report, talk)
     if save_report:
-        _write(save_report, report.to_json())
+        write(save_report, report.to_json())
 
 
 @app.command("eval")
@@ -110,7 +120,9 @@ def eval_command(
     gpu: Size = None,
     ram: Size = None,
     disk: Size = None,
-    context: Annotated[int, typer.Option(min=2, help="Tokens in a window.")] = 512,
+    context: Annotated[
+        int | None, typer.Option(min=2, help="Tokens in a window; 512, or what the model has positions for.", show_default=False)
+    ] = None,
     technique: Techniques = None,
     quality: QualityOption = "exact",
     as_json: Json = False,
@@ -118,10 +130,12 @@ def eval_command(
     """Measure how well a model predicts a text, inside the budget."""
     if metric != "perplexity":
         raise TightfitError(f"no metric is called `{metric}`", hint=near(metric, ["perplexity"]))
-    planned = _plan(model, Workload("embed", 1, context), Budget.parse(gpu, ram, disk), quality, technique, False)
+    _quiet()
     from tightfit import verbs
 
-    with _bar("evaluating", not as_json) as progress:
+    with talk.status(f"rehearsing {escape(model)}"):
+        planned = verbs.plan_text(model, context, Budget.parse(gpu, ram, disk), quality, technique or ())  # type: ignore[arg-type]
+    with bar("evaluating", not as_json, "tokens") as progress:
         score = verbs.evaluate(planned, data, progress)
     values = {
         "perplexity": score.perplexity,
@@ -129,7 +143,7 @@ def eval_command(
         "tokens": score.tokens,
         "report": score.report.to_json(),
     }
-    if not _print(values, as_json):
+    if not emit(values, as_json):
         out.print(f"perplexity {score.perplexity:.3f}   bits per byte {score.bits_per_byte:.4f}   over {score.tokens} tokens")
         _show().show_report(score.report, talk)
 
@@ -144,7 +158,7 @@ def probe_command(as_json: Json = False) -> None:
 
     with talk.status("probing") as status:
         machine = probe(lambda line: status.update(f"probing: {line}"))
-    if not _print({**asdict(machine), "file": str(machine_file())}, as_json):
+    if not emit({**asdict(machine), "file": str(machine_file())}, as_json):
         for name, value in asdict(machine).items():
             out.print(f"{name:<22} {value:.4g}" if isinstance(value, float) else f"{name:<22} {value}")
         talk.print(f"kept in {machine_file()}", markup=False)
@@ -164,7 +178,7 @@ def report_command(file: Annotated[str, typer.Argument(help="A report that `run 
         raise TightfitError(
             f"`{file}` is not a report of tightfit", hint="write one with `tightfit run … --save-report report.json`"
         ) from error
-    _print(report.to_json(), as_json) or _show().show_report(report, out)
+    emit(report.to_json(), as_json) or _show().show_report(report, out)
 
 
 @app.command("list")
@@ -174,7 +188,7 @@ def list_command(as_json: Json = False) -> None:
     from tightfit.presets import presets
 
     values = {"techniques": {name: technique_summary(name) for name in technique_names()}, "presets": list(presets())}
-    if not _print(values, as_json):
+    if not emit(values, as_json):
         for name, summary in values["techniques"].items():
             out.print(f"[bold]{name:<10}[/] {summary}")
         out.print(f"\n[bold]presets[/]    {', '.join(values['presets'])}")
@@ -186,17 +200,17 @@ def explain_command(name: Annotated[str, typer.Argument(help="A technique.")], a
     from tightfit.catalog import explain
 
     explained = explain(name)
-    if not _print(explained, as_json):
+    if not emit(explained, as_json):
         out.print(explained["text"], markup=False)
         for setting in explained["settings"]:
             out.print(f"  {setting['name']} = {setting['default']}   {setting['price']}", markup=False)
 
 
-@app.command("bench")
+@app.command("bench", context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
 def bench_command(
-    question: Annotated[str, typer.Argument(help="A folder of `bench/`.")], arguments: Annotated[list[str] | None, typer.Argument()] = None
+    context: typer.Context, question: Annotated[str, typer.Argument(help="A folder of `bench/`.")], as_json: Json = False
 ) -> None:
-    """Run a benchmark of the checkout that you are in."""
+    """Run a benchmark of the checkout that you are in, with its own options; what it found goes to its `results` as JSON."""
     import runpy
     from pathlib import Path
 
@@ -207,16 +221,19 @@ def bench_command(
             f"no benchmark is called `{question}`",
             hint=near(question, questions) or "benchmarks live in the checkout: run this in its root",
         )
-    sys.argv = [str(folder / question / "run.py"), *(arguments or [])]
-    runpy.run_path(sys.argv[0], run_name="__main__")
+    sys.argv = [str(folder / question / "run.py"), *context.args]
+    with redirect_stdout(sys.stdout if as_json else StringIO()):  # a benchmark prints one JSON object, and talks on stderr
+        runpy.run_path(sys.argv[0], run_name="__main__")
+    if not as_json:
+        out.print(f"results are in {folder / question / 'results'}")
 
 
 @app.command("demo")
-def demo_command() -> None:
+def demo_command(as_json: Json = False) -> None:
     """See the main job in a minute: plan, stream a model that is bigger than its budget, and report."""
     from tightfit.demo import demo
 
-    demo(out, talk)
+    emit(demo(Console(file=StringIO()) if as_json else out), as_json)
 
 
 def main() -> None:
@@ -225,7 +242,7 @@ def main() -> None:
         if app(standalone_mode=False) == 130:  # what typer makes of Ctrl-C
             raise KeyboardInterrupt
     except TightfitError as error:
-        _complain(error)
+        complain(error)
         sys.exit(1)
     except typer.Exit as leave:
         sys.exit(leave.exit_code)
@@ -236,7 +253,9 @@ def main() -> None:
         sys.exit(141)
     except Exception as error:
         if type(error).__module__.startswith(("click", "typer")):
-            talk.print(f"[red]error:[/] {escape(error.format_message())}")  # type: ignore[attr-defined]
+            if message := error.format_message():  # type: ignore[attr-defined]  # empty where the help was shown instead
+                talk.print(f"[red]error:[/] {escape(message)}")
+                talk.print("\n[cyan]hint:[/] `tightfit --help` lists the verbs, `tightfit VERB --help` its options")
             sys.exit(2)
         if os.environ.get("TIGHTFIT_TRACEBACK"):
             raise
@@ -246,14 +265,6 @@ def main() -> None:
         sys.exit(70)
 
 
-def _complain(error: TightfitError) -> None:
-    talk.print(f"[red]error:[/] {escape(str(error))}")
-    if error.details:
-        talk.print(error.details, markup=False)
-    if error.hint:
-        talk.print(f"\n[cyan]hint:[/] {escape(error.hint)}")
-
-
 def _task(name: str) -> Any:
     tasks = ("generate", "tune", "embed")
     if name not in tasks:
@@ -261,38 +272,13 @@ def _task(name: str) -> Any:
     return name
 
 
-def _plan(
-    model: str,
-    workload: Workload,
-    budget: Budget,
-    quality: str,
-    technique: list[str] | None,
-    random_weights: bool,
-    alternatives: bool = False,
-) -> Plan:
-    _quiet()
-    from tightfit import verbs
-
-    with talk.status(f"rehearsing {escape(model)}"):
-        return verbs.plan(model, workload, budget, quality, technique or (), random_weights, None, alternatives)  # type: ignore[arg-type]
-
-
-def _plan_prompt(
-    model: str, prompt: str, chat: bool, new_tokens: int, budget: Budget, quality: str, technique: list[str] | None, random_weights: bool
-) -> Plan:
-    """The plan for exactly this prompt's length."""
-    _quiet()
-    from tightfit.describe.source import describe
-    from tightfit.runtime.tokens import encode
-
-    skeleton = describe(model, random_weights=random_weights)
-    if not skeleton.origins and not random_weights:
-        raise TightfitError(
-            f"`{model}` is a preset: a shape without weights",
-            hint="name a folder or a hub id that holds them, or run the shape with `--random-weights`, for memory and speed",
-        )
-    tokens = encode(skeleton, prompt, chat, new_tokens).length
-    return _plan(model, Workload("generate", 1, tokens, new_tokens), budget, quality, technique, random_weights)
+def _refuse_replanning(context: typer.Context) -> None:
+    """A saved plan is repeated as it is: what would change it is refused, not ignored."""
+    deciding = ("gpu", "ram", "disk", "technique", "quality", "max_new_tokens", "random_weights")
+    given = [name for name in deciding if context.get_parameter_source(name).name == "COMMANDLINE"]  # type: ignore[union-attr]
+    if given:
+        named = ", ".join(f"`--{name.replace('_', '-')}`" for name in given)
+        raise TightfitError(f"{named} would change the plan that `--plan` repeats", hint="leave it out, or plan again with it")
 
 
 def _run(planned: Plan, prompt: str, chat: bool, as_json: bool, **sampling: Any) -> Any:
@@ -310,7 +296,7 @@ def _run(planned: Plan, prompt: str, chat: bool, as_json: bool, **sampling: Any)
         sys.stdout.write(text)
         sys.stdout.flush()
 
-    with _bar("loading", not as_json) as progress:
+    with bar("loading", not as_json) as progress:
         report = verbs.run(planned, prompt, Sampling(**sampling), None if as_json else listen, progress, chat)
     if not as_json:
         out.print("" if told else f"(no tokenizer, so no text: {report.tokens} token ids were written)")
@@ -328,46 +314,3 @@ def _show() -> Any:
     from tightfit import show
 
     return show
-
-
-def _print(values: dict[str, Any], as_json: bool) -> bool:
-    """Print `values` if JSON was asked for; tells whether it did."""
-    if as_json:
-        print(json.dumps(values, default=list))
-    return as_json
-
-
-def _refuse_unwritable(file: str | None) -> None:
-    """Said before the work, not after it."""
-    if file and (os.path.isdir(file) or not os.access(os.path.dirname(file) or ".", os.W_OK)):
-        raise TightfitError(f"cannot write `{file}`", hint="name a file in a folder that is there and yours to write")
-
-
-def _write(file: str, values: dict[str, Any]) -> None:
-    """Write JSON to a temporary name, then rename, so that no half file is ever seen."""
-    partial = f"{file}.{os.getpid()}.partial"
-    try:
-        with open(partial, "w") as stream:
-            json.dump(values, stream, indent=1, default=list)
-        os.replace(partial, file)
-    except OSError as error:
-        if os.path.exists(partial):
-            os.unlink(partial)
-        raise TightfitError(f"cannot write `{file}`: {error.strerror}") from error
-
-
-@contextmanager
-def _bar(name: str, shown: bool) -> Iterator[Any]:
-    """A progress bar over bytes or tokens on stderr; gone once the work is done."""
-    from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
-
-    columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=talk, transient=True, disable=not shown) as bars:
-        job = bars.add_task(name, total=None)
-
-        def progress(done: int, whole: int) -> None:
-            bars.update(job, completed=done, total=whole, visible=done < whole)
-            if done >= whole:
-                bars.stop()
-
-        yield progress

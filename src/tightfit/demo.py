@@ -1,7 +1,7 @@
 """Demo: the main job in a minute, on a model that comes with the package: plan, stream, report, and the plan of a 70B."""
 
-import sys
 from dataclasses import replace
+from typing import Any
 
 from rich.console import Console
 
@@ -18,8 +18,8 @@ SPARE = 12 * MIB
 """For what Python itself allocates meanwhile."""
 
 
-def demo(out: Console, talk: Console) -> None:
-    """Print everything a newcomer should see; text goes to `out` as it is written."""
+def demo(out: Console) -> dict[str, Any]:
+    """Print everything a newcomer should see, text as it is written; the plans and the report as values."""
     from tightfit import show, verbs
     from tightfit.describe.source import describe
     from tightfit.runtime.generate import Sampling
@@ -30,23 +30,23 @@ def demo(out: Console, talk: Console) -> None:
     skeleton = describe(MODEL)
     warm_up()
     return_freed_memory()
-    held = resident().total + SPARE
-    budget = Budget(ram=held + ROOM, disk=GIB)
-    machine = replace(Machine.here(), overhead_ram=held, allocator_slack=0.0, probed=True)
+    held = resident().total
+    budget = Budget(ram=held + SPARE + ROOM, disk=GIB)
+    machine = replace(Machine.here(), overhead_ram=held + SPARE, allocator_slack=0.0)
     out.rule("1  a model that is bigger than its memory")
     out.print(
-        f"`{MODEL}` weighs {show_bytes(skeleton.weight_bytes())}. Python and its libraries hold {show_bytes(held)} already; "
-        f"the budget allows {show_bytes(ROOM)} more."
+        f"`{MODEL}` weighs {show_bytes(skeleton.weight_bytes())}. Python and its libraries hold {show_bytes(held)} already, and keep "
+        f"{show_bytes(SPARE)} for themselves; the model gets {show_bytes(ROOM)}."
     )
     plan = verbs.plan(MODEL, Workload(tokens=16, new_tokens=80), budget, machine=machine, alternatives=False)
     show.show_plan(plan, out)
     out.rule("2  the text, while its blocks stream from disk")
 
     def listen(piece: str) -> None:
-        sys.stdout.write(piece)
-        sys.stdout.flush()
+        out.file.write(piece)
+        out.file.flush()
 
-    sys.stdout.write(PROMPT)
+    listen(PROMPT)
     report = verbs.run(plan, PROMPT, Sampling(temperature=0.7, seed=4), listen)
     out.print()
     out.rule("3  the report, held against the plan")
@@ -54,6 +54,7 @@ def demo(out: Console, talk: Console) -> None:
     out.rule("4  the plan of a 70B model on a 24 GiB card, without its weights")
     planned = verbs.plan("llama-2-70b", Workload(tokens=512, new_tokens=128), Budget(gpu=24 * GIB, ram=64 * GIB, disk=0), quality="near")
     show.show_plan(planned, out)
+    return {"report": report.to_json(), "plan_70b": planned.to_json()}
 
 
 def warm_up() -> None:
@@ -61,4 +62,5 @@ def warm_up() -> None:
     from tightfit import verbs
     from tightfit.runtime.generate import Sampling
 
-    verbs.run(verbs.plan(MODEL, Workload(tokens=16, new_tokens=8), Budget.here(), alternatives=False), PROMPT, Sampling(temperature=0.7))
+    budget = Budget(ram=Budget.here().ram)  # on the CPU, as the demo
+    verbs.run(verbs.plan(MODEL, Workload(tokens=16, new_tokens=8), budget, alternatives=False), PROMPT, Sampling(temperature=0.7))

@@ -68,6 +68,8 @@ def show_report(report: Report, console: Console) -> None:
         f"{show_seconds(seconds['first_token'])}, then {show_seconds(seconds['per_token'])} a token"
         + (f"; {show_bytes(report.moved_bytes)} streamed" if report.moved_bytes else "")
     )
+    for note in report.notes:
+        console.print(f"[bright_black]{escape(note)}[/]")
     for warning in report.warnings:
         console.print(f"[yellow]warning: {warning}[/]")
     if not report.warnings:

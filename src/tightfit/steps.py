@@ -1,4 +1,4 @@
-"""Steps: what one unit of work does, said once. Rehearsed on fake tensors, measured on real ones, used by the runtime."""
+"""Steps: what one unit of work does, said once: rehearsed on fake tensors, measured on real ones. A run's loop is `generate`'s own."""
 
 import inspect
 from typing import Any

@@ -7,16 +7,17 @@ from torch import nn
 
 from tightfit import catalog
 from tightfit.contracts import QUALITIES, Quality
+from tightfit.describe.lengths import check_lengths, positions_of
 from tightfit.describe.skeleton import Skeleton
 from tightfit.describe.source import describe
 from tightfit.planner.choose import choose
 from tightfit.planner.outcome import Request
-from tightfit.rehearse.fake import check_length
 from tightfit.runtime.build import Progress, build
-from tightfit.runtime.evaluate import Score, perplexity, read_text
+from tightfit.runtime.evaluate import Score, check_scorable, perplexity, read_text
 from tightfit.runtime.generate import Listener, Sampling, generate
 from tightfit.runtime.process import keep_heap_tight
 from tightfit.runtime.tokens import encode
+from tightfit.runtime.weights import refuse_weightless
 from tightfit.terms.budget import Budget
 from tightfit.terms.errors import TightfitError, near
 from tightfit.terms.machine import Machine
@@ -26,6 +27,10 @@ from tightfit.terms.workload import Workload
 
 Asked = Mapping[str, Mapping[str, Any]] | Iterable[str]
 """Techniques by name with settings, or as texts such as `nf4:double_quantization=false`."""
+
+
+WINDOW = 512
+"""Tokens of a text that are scored at once, where nobody says how many."""
 
 
 def plan(
@@ -47,10 +52,41 @@ def plan(
     if quality not in QUALITIES:
         raise TightfitError(f"no quality is called `{quality}`", hint=near(quality, QUALITIES))
     skeleton = model if isinstance(model, Skeleton) else describe(model, workload.task, random_weights=random_weights)
-    check_length(skeleton.config.get_text_config(), workload.context)
-    available = {name: kind for name, kind in catalog.techniques().items() if name != "offload"}
+    check_lengths(skeleton.config, workload.tokens, workload.new_tokens if workload.task == "generate" else 0)
     request = Request(skeleton, workload, budget, quality, _settings(techniques), random_weights, alternatives)
-    return choose(request, machine or Machine.here(), available | {"offload": catalog.technique("offload")})
+    return choose(request, machine or Machine.here(), catalog.techniques())
+
+
+def plan_prompt(
+    model: str,
+    prompt: str,
+    new_tokens: int = 128,
+    budget: Budget | None = None,
+    quality: Quality = "exact",
+    techniques: Asked = (),
+    random_weights: bool = False,
+    chat: bool = False,
+) -> Plan:
+    """The plan for writing `new_tokens` after exactly this prompt, for `run`. Raises as `plan` does, and for a shape without weights."""
+    skeleton = describe(model, random_weights=random_weights)
+    if not random_weights:
+        refuse_weightless(skeleton)
+    tokens = encode(skeleton, prompt, chat, new_tokens).length
+    workload = Workload("generate", 1, tokens, new_tokens)
+    return plan(skeleton, workload, budget, quality, techniques, random_weights, alternatives=False)
+
+
+def plan_text(
+    model: str,
+    window: int | None = None,
+    budget: Budget | None = None,
+    quality: Quality = "exact",
+    techniques: Asked = (),
+) -> Plan:
+    """The plan for scoring a text in windows of `window` tokens, for `evaluate`; by default 512, or what the model has positions for."""
+    skeleton = describe(model)
+    tokens = window or min(WINDOW, positions_of(skeleton.config) or WINDOW)
+    return plan(skeleton, Workload("embed", 1, tokens), budget, quality, techniques, alternatives=False)
 
 
 def run(
@@ -85,6 +121,7 @@ def evaluate(planned: Plan, file: str, progress: Callable[[int, int], None] = la
     skeleton = describe(planned.model, "generate", random_weights=planned.random_weights)
     text = read_text(file)
     ids = encode(skeleton, text, new_tokens=-(1 << 62)).input_ids
+    check_scorable(skeleton.config, ids.shape[1], planned.workload.tokens)
     with build(planned, skeleton) as built:
         return perplexity(built, ids, len(text.encode()), planned.workload.tokens, progress)
 
@@ -95,21 +132,9 @@ def apply(model: nn.Module, techniques: Asked) -> nn.Module:
     For other people's loops: the result is an ordinary module that Hugging Face `Trainer` and `generate` take.
     """
     chosen = [catalog.make(name, settings) for name, settings in _settings(techniques).items()]
-    held = {name: parameter.detach() for name, parameter in model.named_parameters()}
     for technique in sorted(chosen, key=lambda technique: technique.stage):
         technique.apply(model)
-    _absorb(model, held)
     return model
-
-
-def _absorb(model: nn.Module, held: dict[str, Any]) -> None:
-    """Let modules that replaced others take the weights of those."""
-    from tightfit.contracts import Absorbs
-
-    for path, module in model.named_modules():
-        if isinstance(module, Absorbs):
-            for name in [name for name in held if name.rpartition(".")[0] == path]:
-                module.absorb(name.rpartition(".")[2], held.pop(name))
 
 
 def _settings(techniques: Asked) -> dict[str, Mapping[str, Any]]:

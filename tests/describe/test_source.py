@@ -141,6 +141,12 @@ def test_a_live_module_is_its_own_checkpoint():
         assert held.model.lm_head.weight.data_ptr() == live.lm_head.weight.data_ptr()
 
 
+def test_a_module_that_is_no_model_of_transformers_is_refused():
+    with pytest.raises(TightfitError, match="`Sequential` is not a model of transformers") as caught:
+        tightfit.plan(torch.nn.Sequential(torch.nn.Linear(2, 2)))
+    assert caught.value.hint
+
+
 def test_a_preset_has_a_shape_and_no_weights():
     skeleton = describe("llama-2-7b")
     assert skeleton.weight_bytes() == (6_738_417_664 - 32 * 64) * 2
@@ -175,6 +181,7 @@ def test_random_weights_have_the_shape_and_are_the_same_every_time():
         ("a/b/c", "no model is called"),
         ("typo/", "no model is called"),
         ("my model/v1", "no model is called"),
+        ("~nobody-of-this-name", "there is no such user"),
     ],
 )
 def test_an_unknown_name_is_refused(source, word):

@@ -41,6 +41,7 @@ def answered(tightfit_says: Callable[..., Any], tmp_path: Path) -> Callable[[str
         "eval": ["tightfit-demo", tmp_path / "some.txt", "--ram", "4GiB"],
         "list": [],
         "explain": ["int8"],
+        "demo": [],
     }
 
     def answer(verb: str) -> dict[str, Any]:
@@ -51,7 +52,7 @@ def answered(tightfit_says: Callable[..., Any], tmp_path: Path) -> Callable[[str
     return answer
 
 
-@pytest.mark.parametrize("verb", ["plan", "run", "eval", "list", "explain"])
+@pytest.mark.parametrize("verb", ["plan", "run", "eval", "list", "explain", "demo"])
 def test_page_names_the_fields_that_are_there(verb: str, answered: Callable[[str], dict[str, Any]]) -> None:
     names = documented(verb)
     assert fields_of(answered(verb), names) == names

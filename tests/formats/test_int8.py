@@ -2,9 +2,12 @@
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
+from tightfit.formats import codec as codecs
 from tightfit.formats.codec import SLICED, as_if_on
 from tightfit.formats.int8 import KERNEL_TOKENS, Int8Codec, Int8Linear, bfloat16_above, int8pack_bytes
+from tightfit.rehearse.meter import Meter
 
 CODEC = Int8Codec()
 
@@ -72,11 +75,49 @@ def test_rounding_up_to_bfloat16() -> None:
     ]
 
 
-def test_the_scale_is_exact_in_every_dtype_of_the_input() -> None:
-    stored = CODEC.encode(torch.randn(8, 64))
+@pytest.mark.parametrize("size", [1.0, 1e-3, 1e-4, 1e-5, 1e-6, 1e-7])
+def test_the_weights_are_the_same_in_every_dtype_of_the_input(size) -> None:
+    """Rounded once. Scales below 6e-5 have fewer digits in float16, and none below 3e-8: rows of small weights would vanish."""
+    stored = CODEC.encode(size * torch.randn(8, 64))
     wide = CODEC.decode(stored, (8, 64), 0, 8, torch.float32)
     for dtype in (torch.bfloat16, torch.float16):
         assert torch.equal(CODEC.decode(stored, (8, 64), 0, 8, dtype), wide.to(dtype))
+    assert wide.to(torch.float16).abs().amax(dim=1).gt(0).all()
+
+
+@pytest.mark.parametrize("tokens", [1, 40])
+def test_products_in_float16_do_not_lose_tiny_rows(tokens) -> None:
+    """Weights near 1e-6, and an input large enough that the result is a common number."""
+    dense, x = 1e-6 * torch.randn(32, 64), (1e4 * torch.randn(tokens, 64)).half()
+    stored = CODEC.encode(dense.half())
+    expected = x.double() @ dense.half().double().t()
+    error = CODEC.product(x, stored, (32, 64)).double() - expected
+    assert error.norm() < 0.03 * expected.norm()
+
+
+@pytest.mark.parametrize("columns", [64, 1])
+def test_slices_in_float16_need_the_bytes_that_they_say(columns, monkeypatch) -> None:
+    """The float32 rows, then those beside the float16 ones."""
+    monkeypatch.setitem(codecs.SLICE_BYTES, "cpu", 32 * columns * 2)
+    stored, x, meter = CODEC.encode(torch.randn(96, columns)), torch.randn(20, columns).half(), Meter()
+    meter.adopt([*stored, x], "weights")
+    with meter:
+        y = CODEC.product(x, stored, (96, columns))
+    held = max(kinds.get("activations", 0) for kinds in meter.phases.values())
+    assert held - y.nbytes == CODEC.product_bytes("cpu", torch.float16, 20, (96, columns)) == 32 * max(6 * columns, 4 * (columns + 1))
+
+
+def test_the_cuda_kernel_in_float16_needs_the_bytes_that_it_says() -> None:
+    shape, meter = (64, 128), Meter()
+    with FakeTensorMode(), as_if_on("cuda"):
+        stored = torch.empty(shape, dtype=torch.int8), torch.empty(64, dtype=torch.bfloat16)
+        x = torch.empty(2, 128, dtype=torch.float16)
+        meter.adopt([*stored, x], "weights")
+        with meter:
+            y = CODEC.product(x, stored, shape)
+    held = max(kinds.get("activations", 0) + kinds["workspace"] for kinds in meter.phases.values())
+    assert y.dtype == torch.float16
+    assert held - y.nbytes <= CODEC.product_bytes("cuda", torch.float16, 2, shape) <= held
 
 
 def test_bytes_on_meta_are_eight_bits_a_weight_and_two_bytes_a_row() -> None:

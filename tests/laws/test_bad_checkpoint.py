@@ -145,6 +145,7 @@ def test_a_full_disk(technique, refused, saved, tmp_path, monkeypatch, streaming
         pytest.skip("this user cannot mount a small file system")
     try:
         monkeypatch.setenv("TIGHTFIT_SPILL", str(small))
+        monkeypatch.setattr("tightfit.terms.disk.IN_RAM", frozenset())  # else refused before it is full
         plan = streaming(saved("llama"), **{technique: {}})
         err = refused("run", "--plan", plan, "--prompt", "a b c")
         assert f"`{small}` cannot be written: no space left" in err

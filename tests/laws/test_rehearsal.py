@@ -4,22 +4,40 @@ from contextlib import ExitStack
 
 import pytest
 import torch
+import transformers
 from families import CONFIGS, GENERATES, ids, make
+from torch import nn
+from transformers import AutoConfig
 
 import tightfit
 from tightfit import catalog
+from tightfit.describe.blocks import block_lists, blocks_of
 from tightfit.describe.skeleton import meta_copy
+from tightfit.rehearse import rehearsal
 from tightfit.rehearse.allocator import allocator_peak
 from tightfit.rehearse.fake import inputs_for
 from tightfit.rehearse.rehearsal import measure, rehearse, rehearse_whole
+from tightfit.terms.footprint import total
 from tightfit.terms.workload import Workload
 
 EMBED, TUNE, GENERATE = Workload("embed", 2, 128), Workload("tune", 2, 128), Workload("generate", 2, 96, 32)
 
 
+def shallow(family: str) -> nn.Module:
+    """The family's model with three blocks in each stack: how depth is extended to is held below, without running every family deep."""
+    model = make(family)
+    for _, stack in block_lists(model):
+        del stack[3:]
+    return model
+
+
 def measured_peak(family: str, workload: Workload, techniques: list[str]) -> int:
     """A real model is made and changed; then it runs under the allocator's eyes. Its resting weights are added, tied ones once."""
-    model = tightfit.apply(make(family), techniques)
+    return measured(tightfit.apply(shallow(family), techniques), workload)
+
+
+def measured(model: nn.Module, workload: Workload) -> int:
+    """The allocator's peak over `workload`, and the model's resting weights."""
     storages = {
         tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in [*model.parameters(), *model.buffers()]
     }
@@ -32,7 +50,7 @@ def measured_peak(family: str, workload: Workload, techniques: list[str]) -> int
 
 
 def rehearsed_peak(family: str, workload: Workload, techniques: list[str]) -> int:
-    live = make(family)
+    live = shallow(family)
     made = [catalog.make(*catalog.parse(text)) for text in techniques]
     return rehearse(lambda: meta_copy(live), workload, made).peak_bytes
 
@@ -62,14 +80,107 @@ def test_recomputed_step(family: str) -> None:
     assert rehearsed_peak(family, TUNE, ["recompute"]) == pytest.approx(measured_peak(family, TUNE, ["recompute"]), rel=0.01)
 
 
-@pytest.mark.parametrize("workload", [GENERATE, TUNE, Workload("tune", 1, 250)], ids=["generate", "tune", "tune-long"])
-@pytest.mark.parametrize("family", ["llama", "t5", "qwen3-moe"])
-def test_extension_is_the_full_depth(family: str, workload: Workload) -> None:
-    live = make(family)
-    whole = rehearse_whole(meta_copy(live), workload)
-    extended = rehearse(lambda: meta_copy(live), workload)
+_WIDTH = {"vocab_size": 96, "hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 16}
+_NLLB = {"vocab_size": 96, "d_model": 32, "num_experts": 3, "max_position_embeddings": 256, "dropout": 0.0, "attention_dropout": 0.0}
+_SIDE = {"layers": 12, "attention_heads": 2, "ffn_dim": 48, "sparse_step": 4, "layerdrop": 0.0}
+DEEP: dict[str, tuple[str, str, dict[str, object]]] = {
+    "llama": ("LlamaForCausalLM", "llama", {**_WIDTH, "num_hidden_layers": 8}),
+    "t5": (
+        "T5ForConditionalGeneration",
+        "t5",
+        {
+            "vocab_size": 96,
+            "d_model": 32,
+            "d_kv": 16,
+            "d_ff": 48,
+            "num_layers": 6,
+            "num_heads": 2,
+            "decoder_start_token_id": 0,
+        },
+    ),
+    "qwen3-moe": (
+        "Qwen3MoeForCausalLM",
+        "qwen3_moe",
+        {
+            **_WIDTH,
+            "num_hidden_layers": 8,
+            "num_experts": 3,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": 32,
+            "decoder_sparse_step": 2,
+        },
+    ),
+    "gemma-2": ("Gemma2ForCausalLM", "gemma2", {**_WIDTH, "num_hidden_layers": 10, "sliding_window": 24}),
+    "qwen2-runs": (
+        "Qwen2ForCausalLM",
+        "qwen2",
+        {**_WIDTH, "num_hidden_layers": 9, "sliding_window": 24, "use_sliding_window": True, "max_window_layers": 5},
+    ),
+    "nllb-moe": (
+        "NllbMoeForConditionalGeneration",
+        "nllb-moe",
+        {**_NLLB, **{f"{side}_{name}": value for side in ("encoder", "decoder") for name, value in _SIDE.items()}},
+    ),
+}
+"""Models of blocks of several kinds, deep enough that most are extended to; nothing is computed, so they may be of any size."""
+
+
+def on_paper(family: str) -> nn.Module:
+    """The deep model on `meta`, in evaluation mode."""
+    cls, model_type, values = DEEP[family]
+    with torch.device("meta"):
+        return getattr(transformers, cls)._from_config(AutoConfig.for_model(model_type, **values), dtype=torch.bfloat16).eval()
+
+
+@pytest.mark.parametrize(
+    ("family", "workload", "techniques"),
+    [
+        *[(family, GENERATE, []) for family in DEEP],
+        *[(family, TUNE, []) for family in DEEP if family != "nllb-moe"],
+        ("llama", Workload("tune", 1, 250), []),
+        ("llama", TUNE, ["recompute"]),
+        ("llama", TUNE, ["recompute:every=2"]),
+        ("llama", TUNE, ["recompute:every=3"]),
+        ("gemma-2", TUNE, ["recompute:every=2"]),
+        ("t5", TUNE, ["recompute:every=2"]),
+        ("llama", EMBED, [r"nf4:where=layers\.[3567]\."]),
+        ("qwen3-moe", EMBED, ["int8"]),
+        ("nllb-moe", EMBED, ["nf4"]),
+    ],
+    ids=str,
+)
+def test_extension_is_the_full_depth(family: str, workload: Workload, techniques: list[str]) -> None:
+    """At the peak, at every landmark on the way, and in all work."""
+    made = [catalog.make(*catalog.parse(text)) for text in techniques]
+    whole = rehearse_whole(on_paper(family), workload, made)
+    extended = rehearse(lambda: on_paper(family), workload, made)
     assert extended.peak_bytes == whole.peak_bytes
-    assert extended.work_of("")["flops"] == pytest.approx(whole.work_of("")["flops"])
+    landmarks = [name for name in extended.phases if not name.endswith("blocks")]
+    assert landmarks == [name for name in whole.phases if not name.endswith("blocks")]
+    assert [name for name in landmarks if total(extended.phases[name]) != total(whole.phases[name])] == []
+    for rate in ("flops", "bytes_touched", "operations"):
+        assert extended.work_of("")[rate] == pytest.approx(whole.work_of("")[rate])
+
+
+@pytest.mark.parametrize(
+    ("family", "workload"), [("gemma-2", GENERATE), ("gemma-2", TUNE), ("nllb-moe", GENERATE), ("nllb-moe", EMBED)], ids=str
+)
+def test_blocks_of_several_kinds(family: str, workload: Workload) -> None:
+    """The extended rehearsal against a real run at full depth; routers that choose few experts are rehearsed as the worst case."""
+    cls, model_type, values = DEEP[family]
+    torch.manual_seed(0)
+    live = getattr(transformers, cls)._from_config(AutoConfig.for_model(model_type, **values), dtype=torch.float32).eval()
+    rehearsed = rehearse(lambda: meta_copy(live), workload).peak_bytes
+    assert rehearsed == pytest.approx(measured(live, workload), rel=0.01)
+
+
+def test_only_few_blocks_are_rehearsed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else the extension would be right for want of anything to extend."""
+    seen = []
+    run = rehearsal._rehearsed
+    monkeypatch.setattr(rehearsal, "_rehearsed", lambda model, workload: seen.append(len(blocks_of(model))) or run(model, workload))
+    rehearse(lambda: on_paper("gemma-2"), GENERATE)
+    assert seen == [4, 6]
 
 
 def test_rehearsing_allocates_nothing() -> None:

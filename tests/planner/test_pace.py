@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 
-from tightfit.planner.pace import pace, transfer_seconds
+from tightfit.planner.pace import load_seconds, pace, transfer_seconds
 from tightfit.planner.residency import Residency
 from tightfit.planner.weigh import Weights
 from tightfit.terms.budget import Budget
@@ -20,11 +20,12 @@ WEIGHTS = Weights(
     outside=60,
     stored=160,
     changed=False,
-    frozen_blocks=True,
-    load_scratch=0,
+    take_turns=True,
+    read_scratch=0,
+    encode_scratch=0,
     passing=0,
     staging=0,
-    libraries=frozenset(),
+    extras=frozenset(),
 )
 CPU, GPU = Budget(ram=1000), Budget(ram=1000, gpu=1000)
 ALL = Residency(("ram",) * 4, (), 0, 0, 100, 100)
@@ -79,7 +80,32 @@ def test_phases_of_one_stem_are_added_before_the_slower_rate_is_taken():
 def test_a_training_step_moves_its_blocks_twice():
     footprint = Footprint({}, {"forward": work(1000, 0, 0), "backward": work(2000, 0, 0)})
     assert seconds(ALL, Workload("tune"), footprint) == ({"load": 80.0, "step": 30.0, "stream": 0.0}, 30.0)
-    assert seconds(HALF, Workload("tune"), footprint) == ({"load": 80.0, "step": 50.0, "stream": 25.0}, 50.0)
+    assert seconds(HALF, Workload("tune"), footprint) == ({"load": 55.0, "step": 50.0, "stream": 25.0}, 50.0)
+
+
+def test_loading_leaves_in_their_files_the_blocks_that_stream_from_there():
+    assert seconds(HALF, Workload("embed"))[0]["load"] == (160 - 50) / 2
+    behind = replace(HALF, homes=("gpu", "ram", "gpu", "disk"))
+    assert seconds(behind, Workload("embed"), budget=GPU)[0]["load"] == (160 - 30) / 2, "what rests in RAM is read"
+
+
+def test_loading_reads_encodes_and_writes_what_rests_on_disk_in_another_form():
+    changed = replace(WEIGHTS, blocks=(10, 10, 15, 15), changed=True)
+    machine = replace(MACHINE, encode_bandwidth={"eight": 32.0, "two": 1.0})
+    assert load_seconds(changed, HALF, "ram", machine, ["eight"]) == (160 + 25) / 2 + 160 / 32
+    assert load_seconds(changed, ALL, "ram", machine, ["eight"]) == 160 / 2 + 160 / 32
+    assert load_seconds(changed, replace(HALF, homes=("gpu", "ram", "gpu", "disk")), "gpu", machine, ["eight"]) == (160 + 15) / 2
+
+
+def test_what_goes_on_side_by_side_is_told_for_what_is_done_most_often():
+    def sides(workload: Workload, footprint: Footprint) -> tuple[float, float]:
+        found = pace(footprint, WEIGHTS, HALF, workload, CPU, MACHINE)
+        return found.compute, found.transfer
+
+    assert sides(Workload("generate", 1, 8, 5), GENERATE) == (5.0, 25.0)
+    assert sides(Workload("generate", 1, 8, 1), GENERATE) == (12.0, 25.0), "a single token comes out of the prompt's pass"
+    assert sides(Workload("tune"), Footprint({}, {"forward": work(4000, 0, 0)})) == (40.0, 50.0)
+    assert sides(Workload("embed"), Footprint({}, {"forward": work(4000, 0, 0)})) == (40.0, 25.0)
 
 
 def test_embedding_is_one_pass():

@@ -18,8 +18,9 @@ from torch.overrides import TorchFunctionMode
 
 from tightfit.formats.image import TensorRecord, copy_into, image_in_files, image_of
 from tightfit.runtime import stream
-from tightfit.runtime.link import CpuLink, CudaLink
+from tightfit.runtime.link import CpuLink, CudaLink, pinned_empty
 from tightfit.runtime.stream import Stream
+from tightfit.terms.errors import TightfitError
 
 
 class Device:
@@ -196,3 +197,32 @@ def test_cpu_copies_are_done_when_they_return():
     target, source = torch.zeros(8, dtype=torch.uint8), torch.arange(8, dtype=torch.uint8)
     assert link.copy([(target[4:], source[:4]), (target[:2], source[6:])], link.mark()) is None
     assert target.tolist() == [6, 7, 0, 0, 0, 1, 2, 3]
+
+
+class Driver:
+    """What `torch.cuda.cudart` gives, as far as pinning asks it."""
+
+    def __init__(self, fault: int = 0) -> None:
+        self.fault, self.held = fault, {}
+
+    def cudaHostRegister(self, address: int, nbytes: int, _flags: int) -> int:
+        self.held[address] = nbytes
+        return self.fault
+
+    def cudaHostUnregister(self, address: int) -> int:
+        del self.held[address]
+        return 0
+
+
+def test_pinned_memory_is_as_large_as_asked_and_given_back(monkeypatch):
+    """A power of two more would break the budget of RAM. A driver of our own, since there may be no card."""
+    driver = Driver()
+    monkeypatch.setattr(torch.cuda, "cudart", lambda: driver)
+    with pinned_empty(5000) as flat:
+        assert (flat.numel(), flat.dtype) == (5000, torch.uint8)
+        assert driver.held == {flat.data_ptr(): 5000}
+    assert driver.held == {}
+    monkeypatch.setattr(torch.cuda, "cudart", lambda: Driver(fault=2))
+    with pytest.raises(TightfitError, match="does not pin 5000 bytes") as caught:
+        pinned_empty(5000).__enter__()
+    assert "ulimit" in caught.value.hint

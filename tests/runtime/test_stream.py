@@ -7,6 +7,7 @@ import gc
 import logging
 import os
 import random
+import sys
 import threading
 import time
 import weakref
@@ -19,8 +20,9 @@ from torch import nn
 from torch.nn.functional import linear, rms_norm, scaled_dot_product_attention, silu
 from torch.utils.checkpoint import checkpoint
 
+from tightfit.formats import image
 from tightfit.formats.image import TensorRecord, copy_into, image_in_files, image_of, write_image
-from tightfit.runtime import direct
+from tightfit.runtime import direct, stream
 from tightfit.runtime.stream import Stream, Traffic, Visits
 from tightfit.terms.errors import TightfitError
 
@@ -489,3 +491,88 @@ def test_forgotten_stream_ends_by_itself(tmp_path):
     del ring, blocks
     gc.collect()
     assert gone() is None and threads_and_descriptors() == before
+
+
+def small_blocks():
+    torch.manual_seed(5)
+    return [nn.Linear(64, 64).requires_grad_(False) for _ in range(4)]
+
+
+def interrupted_at(number, work):
+    """Do `work`, but raise KeyboardInterrupt before the `number`-th line that the main thread comes to in the stream's own files."""
+    files, seen = {stream.__file__, direct.__file__, image.__file__}, 0
+
+    def trace(frame, event, _argument):
+        nonlocal seen
+        if frame.f_code.co_filename not in files:
+            return None
+        seen += event == "line"
+        if event == "line" and seen == number:
+            raise KeyboardInterrupt
+        return trace
+
+    before = sys.gettrace()
+    sys.settrace(trace)
+    try:
+        work()
+    except KeyboardInterrupt:
+        return True
+    finally:
+        sys.settrace(before)
+    return False
+
+
+@pytest.mark.parametrize("home", HOMES)
+def test_an_interrupt_at_any_line_leaves_a_stream_that_goes_on(tmp_path, monkeypatch, home):
+    """As in a notebook: Ctrl-C, then the same model again. No block is ever taken for another, or run without its weights."""
+    monkeypatch.setattr(Stream, "PIECE_BYTES", 16384)
+    blocks, x = small_blocks()[:3], torch.randn(3, 64)
+    with torch.inference_mode():
+        expected, number = run_all(lambda n, y: blocks[n](y), 3, x), 0
+        with streamed(blocks, tmp_path, home=home) as (_, run):
+            while interrupted_at(number := number + 1, lambda: run_all(run, 3, x)):
+                assert torch.equal(run_all(run, 3, x), expected), f"wrong after an interrupt at line {number}"
+    assert number > 200
+
+
+def test_an_interrupt_in_any_read_is_made_good(tmp_path, monkeypatch):
+    monkeypatch.setattr(Stream, "PIECE_BYTES", 8192)
+    blocks, x, real, countdown, told = small_blocks(), torch.randn(3, 64), direct.DirectFiles.read, [0], 0
+
+    def reading(*what):
+        countdown[0] -= 1
+        if countdown[0] == 0:
+            raise KeyboardInterrupt
+        return real(*what)
+
+    monkeypatch.setattr(direct.DirectFiles, "read", reading)
+    with torch.inference_mode():
+        expected = run_all(lambda n, y: blocks[n](y), 4, x)
+        with streamed(blocks, tmp_path) as (_, run):
+            for call in range(1, 13):
+                countdown[0] = call
+                for _ in range(2):
+                    try:
+                        assert torch.equal(run_all(run, 4, x), expected)
+                    except KeyboardInterrupt:
+                        told += 1
+                assert torch.equal(run_all(run, 4, x), expected)
+    assert told == 12
+
+
+def test_a_piece_that_was_noted_but_never_asked_for_is_given_up(tmp_path, monkeypatch):
+    """Interrupted right before the readers hear of it: nobody may wait for it, nor take its block for one that came."""
+    blocks, x = small_blocks(), torch.randn(3, 64)
+    expected, real = run_all(lambda n, y: blocks[n](y), 4, x), direct.Readers.fulfil
+
+    def refusing(*_what):
+        raise KeyboardInterrupt
+
+    with streamed(blocks, tmp_path) as (_, run):
+        for first in (0, 2, 3, 1):
+            monkeypatch.setattr(direct.Readers, "fulfil", refusing)
+            with pytest.raises(KeyboardInterrupt):
+                for n in range(4):
+                    run((first + n) % 4, x)
+            monkeypatch.setattr(direct.Readers, "fulfil", real)
+            assert torch.equal(run_all(run, 4, x), expected)

@@ -13,13 +13,15 @@ from tightfit.terms.workload import Workload
 SECONDS = {"load": 1.0, "first_token": 0.5, "per_token": 0.1, "whole": 2.0, "waited": 0.0}
 
 
-def report(measured: int = 1000, run_peak: int = 5000, complete: bool = True, gpu: dict[str, int] | None = None) -> Report:
+def report(
+    measured: int = 1000, run_peak: int = 5000, complete: bool = True, gpu: dict[str, int] | None = None, load_peak: int = 4000
+) -> Report:
     """A run that was planned to hold 1000 bytes of tensors (900 of weights), on RAM of 6000 bytes or on a GPU of 3000."""
     budget = Budget(ram=6000, gpu=3000 if gpu else 0)
     predicted = {budget.compute_tier: {"weights": 900, "activations": 100, "overhead": 4000}}
     plan = Plan("m", Workload(), budget, "exact", {}, (budget.compute_tier,), predicted, {}, {})
     parts = {"weights": 900, "activations": measured - 900}
-    process = {"load_peak": 4000, "run_peak": run_peak, "anonymous": 3000, "file": 1000}
+    process = {"load_peak": load_peak, "run_peak": run_peak, "anonymous": 3000, "file": 1000}
     return Report(plan, parts, process, SECONDS, gpu=gpu or {}, tokens=4, complete=complete, text="word")
 
 
@@ -30,7 +32,7 @@ def test_deviation_leaves_the_overhead_out():
 
 def test_a_kept_word_warns_of_nothing():
     assert report(1000).warnings == ()
-    assert report(1049, run_peak=6000).warnings == ()
+    assert report(1049, run_peak=6000, load_peak=6000).warnings == ()
     assert report(951, gpu={"allocated": 2000, "reserved": 3000}).warnings == ()
 
 
@@ -45,13 +47,18 @@ def test_a_run_that_ended_early_may_take_less_but_not_more():
     assert len(report(1060, complete=False).warnings) == 1
 
 
-def test_a_process_over_its_ram_is_a_warning():
-    (warning,) = report(run_peak=6001).warnings
-    assert "RAM" in warning and "tightfit probe" in warning
+@pytest.mark.parametrize(
+    ("load_peak", "run_peak", "when"),
+    [(6000, 6001, "while running"), (6001, 6000, "while loading"), (6001, 6001, "while loading and running")],
+)
+def test_a_process_over_its_ram_is_a_warning_that_says_when(load_peak, run_peak, when):
+    (warning,) = report(load_peak=load_peak, run_peak=run_peak).warnings
+    assert "RAM" in warning and f"{when};" in warning and "tightfit probe" in warning
 
 
-def test_a_gpu_over_its_budget_is_a_warning():
-    (warning,) = report(gpu={"allocated": 2000, "reserved": 3001}).warnings
+@pytest.mark.parametrize("gpu", [{"allocated": 2000, "reserved": 3001}, {"allocated": 3001, "reserved": 3000}])
+def test_a_gpu_over_its_budget_is_a_warning(gpu):
+    (warning,) = report(gpu=gpu).warnings
     assert "GPU" in warning
 
 

@@ -1,8 +1,12 @@
 """Blocks: find the repeated layers of a model, the units that rest, stream and are recomputed."""
 
 from collections.abc import Iterator
+from functools import partial
 
 from torch import nn
+
+_PATTERNS = ("sliding_window", "layer_type")
+"""Attributes by which transformers' modules tell what a block attends to."""
 
 
 def block_lists(model: nn.Module) -> list[tuple[str, nn.ModuleList]]:
@@ -32,7 +36,23 @@ def outside_blocks(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
 
 
 def signature(block: nn.Module) -> tuple[object, ...]:
-    """What two blocks must share to be of one kind: names, shapes and dtypes of their tensors, and their attention pattern."""
+    """What two blocks must share to be of one kind.
+
+    Names, shapes and dtypes of their tensors; classes, switches and attention pattern of their modules; what their forward runs under.
+    """
     tensors = [*block.named_parameters(), *block.named_buffers()]
-    patterns = [getattr(module, "sliding_window", None) for module in block.modules()]
-    return (type(block).__name__, tuple((name, tuple(tensor.shape), tensor.dtype) for name, tensor in tensors), tuple(patterns))
+    modules = tuple((type(module).__name__, *_switches(module)) for module in block.modules())
+    return tuple((name, tuple(tensor.shape), tensor.dtype, tensor.requires_grad) for name, tensor in tensors), modules, _wrapping(block)
+
+
+def _switches(module: nn.Module) -> Iterator[tuple[str, object]]:
+    return ((name, value) for name, value in vars(module).items() if isinstance(value, bool) or name in _PATTERNS)
+
+
+def _wrapping(block: nn.Module) -> tuple[str, ...]:
+    """The functions that run the block's forward, outermost first. A technique leaves `partial(function, …, forward)` in its place."""
+    names, forward = [], vars(block).get("forward")
+    while isinstance(forward, partial):
+        names.append(f"{forward.func.__module__}.{forward.func.__qualname__}")
+        forward = forward.args[-1]
+    return tuple(names)

@@ -1,6 +1,7 @@
 """Skeleton: a model on paper: its config, its class, its meta module, and where each weight lies."""
 
 import copy
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -9,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from tightfit.describe.blocks import blocks_of
+from tightfit.describe.ties import untie
 from tightfit.formats.image import TensorRecord
 from tightfit.terms.errors import TightfitError
 
@@ -18,7 +20,7 @@ SHOWN = 8
 
 @dataclass(frozen=True)
 class Origin:
-    """Where one parameter comes from: its records in the checkpoint, and the conversion that joins them (none: as it is)."""
+    """Where one parameter or buffer comes from: its records in the checkpoint, and the conversion that joins them (none: as it is)."""
 
     records: tuple[TensorRecord, ...]
     conversion: Any = None
@@ -29,7 +31,8 @@ class Origin:
 class Skeleton:
     """What is known of a model before a weight is read.
 
-    `origins` maps the parameter names of the module to the checkpoint; empty for presets, which have no weights.
+    `origins` maps the names of the module's parameters and persistent buffers to the checkpoint; empty for presets, which have no
+    weights. `untied` names weights that the config ties and the checkpoint does not.
     `live` is the module itself when a live one was described: then its own tensors are the weights.
     """
 
@@ -39,15 +42,21 @@ class Skeleton:
     dtype: torch.dtype
     folder: str = ""
     origins: Mapping[str, Origin] = field(default_factory=dict)
+    untied: tuple[str, ...] = ()
     live: nn.Module | None = None
 
     def meta_model(self) -> nn.Module:
-        """A fresh module on `meta`, in the stored precision, in evaluation mode. Takes no memory."""
+        """A fresh module on `meta`, each tensor in the precision it is loaded in, in evaluation mode. Takes no memory."""
         if self.live is not None:
             return meta_copy(self.live)
-        with torch.device("meta"):
+        from transformers.initialization import no_init_weights
+
+        with torch.device("meta"), no_init_weights():  # drawing no numbers takes time too, with thousands of experts
             model = self.model_class._from_config(copy.deepcopy(self.config), dtype=self.dtype)
         model.eval()
+        model.tie_weights(recompute_mapping=False)
+        untie(model, self.untied)
+        keep_precise(model, self.dtype)
         line_up_head(model)
         return model
 
@@ -61,6 +70,21 @@ class Skeleton:
             sum(parameter.numel() * parameter.element_size() for parameter in block.parameters())
             for _, block in blocks_of(self.meta_model())
         ]
+
+
+def keep_precise(model: nn.Module, dtype: torch.dtype) -> None:
+    """Give float32 to the tensors that `from_pretrained` loads so into a model of 16 bits, by parts of their names (T5's `wo`)."""
+    plan = model._get_dtype_plan(dtype)
+    if plan:
+        kept = re.compile("|".join(part.replace("*", ".*") for part in plan))
+        for name, tensor in model.state_dict(keep_vars=True).items():
+            if kept.search(name) and tensor.dtype.is_floating_point:
+                tensor.data = tensor.data.float()
+
+
+def persistent_buffers(model: nn.Module) -> dict[str, Tensor]:
+    """The buffers that a checkpoint holds beside the parameters, by name (the correction of a router's scores, …)."""
+    return {name: tensor for name, tensor in model.state_dict(keep_vars=True).items() if not isinstance(tensor, nn.Parameter)}
 
 
 def line_up_head(model: nn.Module) -> None:
@@ -91,10 +115,7 @@ def meta_copy(module: nn.Module) -> nn.Module:
 
 
 def match_origins(model: nn.Module, records: Mapping[str, TensorRecord]) -> dict[str, Origin]:
-    """Find each parameter of the meta `model` in the checkpoint, with the names and fusions that transformers knows.
-
-    Raises `TightfitError` when parameters are missing, or when a shape or dtype disagrees with the config.
-    """
+    """Find each parameter and persistent buffer of the meta `model` in the checkpoint, under the names and fusions of transformers."""
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
@@ -111,7 +132,6 @@ def match_origins(model: nn.Module, records: Mapping[str, TensorRecord]) -> dict
     for target, sources in gathered.items():
         found = tuple(records[key] for key, _ in sources)
         origins[target] = Origin(found, by_pattern.get(sources[0][1]), tuple(sources))
-    _refuse_faults(model, origins)
     return origins
 
 
@@ -119,20 +139,21 @@ def _natural(key: str) -> list[tuple[int, str]]:
     return [(int(part), "") if part.isdigit() else (-1, part) for part in key.split(".")]
 
 
-def _refuse_faults(model: nn.Module, origins: Mapping[str, Origin]) -> None:
-    tied = set(getattr(model, "all_tied_weights_keys", None) or {})
+def refuse_faults(model: nn.Module, origins: Mapping[str, Origin]) -> None:
+    """Raise `TightfitError` when weights of the meta `model` are missing, or when a shape or dtype disagrees with the config."""
+    tied = set(model.all_tied_weights_keys)
     faults = []
-    for name, parameter in model.named_parameters():
+    for name, tensor in (*model.named_parameters(), *persistent_buffers(model).items()):
         origin = origins.get(name)
         if origin is None:
-            if name not in tied and not any(other in origins for other in _same(model, parameter)):
+            if name not in tied and not _may_be_missing(model, name) and not any(other in origins for other in _same(model, tensor)):
                 faults.append(f"`{name}` is not in the checkpoint")
-        elif origin.conversion is None and origin.records[0].shape != tuple(parameter.shape):
-            faults.append(f"`{name}` has shape {list(origin.records[0].shape)}, the config says {list(parameter.shape)}")
-        elif wrong := [record.dtype for record in origin.records if not record.dtype.is_floating_point or record.dtype.itemsize < 2]:
+        elif origin.conversion is None and origin.records[0].shape != tuple(tensor.shape):
+            faults.append(f"`{name}` has shape {list(origin.records[0].shape)}, the config says {list(tensor.shape)}")
+        elif tensor.dtype.is_floating_point and (wrong := _unlike_weights(origin)):
             faults.append(f"`{name}` is stored as {str(wrong[0]).removeprefix('torch.')}, which is not a plain weight")
         elif origin.conversion is not None:
-            faults += _parts_faults(name, parameter, origin)
+            faults += _parts_faults(name, tensor, origin)
     if faults:
         more = f" (and {len(faults) - 1} more)" if len(faults) > 1 else ""
         raise TightfitError(
@@ -140,6 +161,16 @@ def _refuse_faults(model: nn.Module, origins: Mapping[str, Origin]) -> None:
             hint="is `config.json` of this model?",
             details="\n".join([*faults[:SHOWN], *["…"] * (len(faults) > SHOWN)]) if len(faults) > 1 else "",
         )
+
+
+def _may_be_missing(model: nn.Module, name: str) -> bool:
+    """Whether it is a buffer that transformers computes where a checkpoint has none, without a word (BART's `final_logits_bias`)."""
+    patterns = model._keys_to_ignore_on_load_missing or ()
+    return any(re.search(pattern, name) for pattern in patterns) and name in persistent_buffers(model)
+
+
+def _unlike_weights(origin: Origin) -> list[torch.dtype]:
+    return [record.dtype for record in origin.records if not record.dtype.is_floating_point or record.dtype.itemsize < 2]
 
 
 def _parts_faults(name: str, parameter: Tensor, origin: Origin) -> list[str]:

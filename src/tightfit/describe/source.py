@@ -1,6 +1,7 @@
 """Source: what people name a model by (hub id, folder, preset, live module) becomes a Skeleton."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -9,48 +10,67 @@ import torch
 from torch import nn
 
 from tightfit.describe.checkpoint import read_checkpoint
-from tightfit.describe.skeleton import Skeleton, match_origins
+from tightfit.describe.skeleton import Skeleton, match_origins, refuse_faults
+from tightfit.describe.ties import stored_apart, tied_heads, untie
 from tightfit.presets import presets
 from tightfit.terms.errors import TightfitError, near
 from tightfit.terms.workload import Task
 
 
 def describe(source: str | nn.Module, task: Task = "generate", random_weights: bool = False) -> Skeleton:
-    """Put a model on paper; reads configs and headers, never a weight.
+    """Put a model on paper; reads configs and headers, never a weight (but two that the config ties, to see whether they are one).
 
     `source` is a folder, the name of a preset, a Hugging Face id (from the cache, or fetched unless `HF_HUB_OFFLINE` is set),
     or a live module. With `random_weights` a missing checkpoint is no fault. Raises `TightfitError`.
     """
     if isinstance(source, nn.Module):
-        dtype = next((parameter.dtype for parameter in source.parameters() if parameter.dtype.is_floating_point), torch.float32)
-        return Skeleton(type(source).__name__, source.config, type(source), dtype, live=source)
-    folder, config = _find(source)
+        return _live(source)
+    folder, file = _find(source)
+    config, unties = _load_config(file)
     model_class = _model_class(config, task)
-    records = {}
-    if folder is not None and not random_weights:
-        records = read_checkpoint(folder)
-    dtype = _stored_dtype(config, records)
-    skeleton = Skeleton(source, config, model_class, dtype, folder=str(folder or ""))
-    if folder is None:
+    records = read_checkpoint(folder) if folder is not None and not random_weights else {}
+    skeleton = Skeleton(source, config, model_class, _stored_dtype(config, records), folder=str(folder or ""))
+    if folder is None and not unties:
         return skeleton
     model = _buildable(skeleton)
-    return Skeleton(source, config, model_class, dtype, str(folder), match_origins(model, records)) if records else skeleton
+    if not records:
+        return replace(skeleton, untied=tied_heads(model)) if unties else skeleton
+    origins = match_origins(model, records)
+    untied = stored_apart(model, {name: origin.records[0] for name, origin in origins.items() if origin.conversion is None})
+    untie(model, untied)
+    refuse_faults(model, origins)
+    return replace(skeleton, origins=origins, untied=untied)
 
 
-def _find(source: str) -> tuple[Path | None, Any]:
-    """The folder that holds the weights (none for a bare preset) and the config."""
-    path = Path(source).expanduser()
+def _live(module: nn.Module) -> Skeleton:
+    from transformers import PreTrainedModel
+
+    if not isinstance(module, PreTrainedModel):
+        raise TightfitError(
+            f"a `{type(module).__name__}` is not a model of transformers, whose config tells what goes in",
+            hint="give such a model, a folder, a preset or a hub id",
+        )
+    dtype = next((parameter.dtype for parameter in module.parameters() if parameter.dtype.is_floating_point), torch.float32)
+    return Skeleton(type(module).__name__, module.config, type(module), dtype, live=module)
+
+
+def _find(source: str) -> tuple[Path | None, Path]:
+    """The folder that holds the weights (none for a bare preset), and the file of the config."""
+    try:
+        path = Path(source).expanduser()
+    except RuntimeError as error:
+        raise TightfitError(f"no model is called `{source}`: there is no such user", hint="write the folder out") from error
     if path.is_dir():
-        return path, _load_config(path / "config.json")
+        return path, path / "config.json"
     known = presets()
     if source.lower() in known:
         found = known[source.lower()]
-        return (found, _load_config(found / "config.json")) if found.is_dir() else (None, _load_config(found))
+        return (found, found / "config.json") if found.is_dir() else (None, found)
     if path.exists():
         raise TightfitError(f"`{source}` is a file", hint="name the folder that holds `config.json` and the weights")
     if source.count("/") == 1 and not source.startswith((".", "/", "~")):
         folder = _from_hub(source)
-        return folder, _load_config(folder / "config.json")
+        return folder, folder / "config.json"
     raise TightfitError(f"no model is called `{source}`: not a folder, a preset or a hub id", hint=near(source, known))
 
 
@@ -83,7 +103,8 @@ def _buildable(skeleton: Skeleton) -> nn.Module:
         ) from error
 
 
-def _load_config(file: Path) -> Any:
+def _load_config(file: Path) -> tuple[Any, bool]:
+    """The config, and whether the file unties the head although the config's class ties it (T5's does, whatever it is told)."""
     from transformers import AutoConfig
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
@@ -110,9 +131,10 @@ def _load_config(file: Path) -> Any:
             f"the weights are already quantized (`{method}`)", hint="name the original model; tightfit quantizes while it loads"
         )
     try:
-        return AutoConfig.for_model(model_type, **values)
+        config = AutoConfig.for_model(model_type, **values)
     except Exception as error:  # transformers validates with its own many error classes
         raise TightfitError(f"`{file}` is not a valid `{model_type}` config: {' '.join(str(error).split())[:200]}") from error
+    return config, values.get("tie_word_embeddings") is False and vars(config).get("tie_word_embeddings") is True
 
 
 def _model_class(config: Any, task: Task) -> type[nn.Module]:

@@ -8,6 +8,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -60,6 +61,9 @@ class Codec(ABC):
 
     `tensors` are always the stored tensors in the order of `parts`, `shape` is the dense matrix's.
     """
+
+    library: ClassVar[str] = ""
+    """The foreign library whose code comes into the process with this codec, beside the tensors; none by itself."""
 
     @abstractmethod
     def parts(self, shape: Shape) -> tuple[Part, ...]:

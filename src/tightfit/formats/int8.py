@@ -32,8 +32,9 @@ _ENCODE_BYTES = 16 * MIB
 class Int8Codec(Codec):
     """`scale[row] = max |dense[row]| / 127`, `codes = round_half_even(dense / scale)`; no zero point (BMInf, ACL 2022, quantization).
 
-    The scale is rounded up to bfloat16 *before* the codes are found. So it is exact in every dtype, a kernel that wants scales in the
-    dtype of its input loses nothing, and all ways to multiply see the same weights. A row's step grows by less than 1/128.
+    The scale is rounded up to bfloat16 *before* the codes are found. So it is exact in bfloat16 and wider, a kernel that wants scales in
+    the dtype of its input loses nothing, and all ways to multiply see the same weights. A row's step grows by less than 1/128.
+    float16 reaches down to 6e-8 only, and to 6e-5 with all its digits: for it codes and scales are multiplied in float32.
     """
 
     def parts(self, shape: Shape) -> tuple[Part, ...]:
@@ -54,15 +55,18 @@ class Int8Codec(Codec):
     def decode(self, tensors: Sequence[Tensor], shape: Shape, start: int, stop: int, dtype: torch.dtype) -> Tensor:
         """`codes * scale`."""
         codes, scale = tensors
-        return codes[start:stop].to(dtype).mul_(scale[start:stop, None].to(dtype))
+        work = _working(dtype)
+        return codes[start:stop].to(work).mul_(scale[start:stop, None].to(work)).to(dtype)
 
     def row_step(self, shape: Shape) -> int:
         """Rows are independent."""
         return 1
 
     def decode_bytes(self, shape: Shape, rows: int, dtype: torch.dtype) -> int:
-        """The rows, and their scales in `dtype`."""
-        return rows * (shape[1] + 1) * dtype.itemsize
+        """The rows, and their scales in `dtype`; for float16 the rows in float32 too."""
+        work = _working(dtype)
+        whole = rows * (shape[1] + 1) * work.itemsize
+        return whole if work == dtype else max(whole, rows * shape[1] * (work.itemsize + dtype.itemsize))
 
     def kernel(self, device: str, dtype: torch.dtype, tokens: int, shape: Shape) -> str:
         """On a CPU only bfloat16 has a vectorized kernel: that of float32 and float16 is slower than slices at any length."""
@@ -74,18 +78,24 @@ class Int8Codec(Codec):
         codes, scale = tensors
         if not is_aligned(codes, _VECTOR_BYTES["codes"]):
             return self.sliced_product(x, tensors, shape)
-        x = x.contiguous()
-        return torch._weight_int8pack_mm(x if is_aligned(x, _VECTOR_BYTES["x"]) else x.clone(), codes, scale.to(x.dtype))
+        rows = x.to(_working(x.dtype)).contiguous()
+        rows = rows if is_aligned(rows, _VECTOR_BYTES["x"]) else rows.clone()
+        return torch._weight_int8pack_mm(rows, codes, scale.to(rows.dtype)).to(x.dtype)
 
     def kernel_bytes(self, device: str, dtype: torch.dtype, tokens: int, shape: Shape) -> int:
-        """CUDA computes in float32: copies of input, scales and result."""
-        scales = 0 if dtype == torch.bfloat16 else shape[0] * dtype.itemsize
+        """CUDA computes in float32: copies of input, scales and result, its own or, for float16, ours."""
+        scales = shape[0] * dtype.itemsize if dtype == torch.float32 else 0
         return scales + (int8pack_bytes(tokens, shape, dtype) if device == "cuda" else 0)
 
 
 def int8pack_bytes(tokens: int, shape: Shape, dtype: torch.dtype) -> int:
     """Bytes that CUDA's `_weight_int8pack_mm` allocates beside its result, when that is not in float32 already."""
     return 0 if dtype == torch.float32 else 4 * (tokens * (shape[0] + shape[1]) + shape[0])
+
+
+def _working(dtype: torch.dtype) -> torch.dtype:
+    """Where codes and scales are multiplied for a result in `dtype`."""
+    return torch.float32 if dtype == torch.float16 else dtype
 
 
 def bfloat16_above(values: Tensor) -> Tensor:

@@ -5,7 +5,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -54,6 +54,8 @@ class NF4Codec(Codec):
     standard: 4 + 32/64 bits per weight; with double quantization 4 + 8/64 + 32/(64·256) = 4.127 (QLoRA, section 3).
     packed: 4 + 16/64 bits, scales in bfloat16. Only where 32 divides the rows and 64 the columns; other shapes are kept standard.
     """
+
+    library: ClassVar[str] = "bitsandbytes"
 
     layout: Layout = "standard"
     double_quantization: bool = True

@@ -12,36 +12,55 @@ Settings = Mapping[str, Any]
 
 @dataclass(frozen=True)
 class Candidate:
-    """Techniques by name with their settings, and the quality that they keep together."""
+    """Techniques by name, and the quality that they keep together."""
 
-    settings: Mapping[str, Settings]
-    techniques: tuple[Transform, ...]
-    quality: Quality
+    chosen: Mapping[str, Transform]
+
+    @property
+    def techniques(self) -> tuple[Transform, ...]:
+        """The techniques, in the order of their names."""
+        return tuple(self.chosen.values())
 
     @property
     def names(self) -> tuple[str, ...]:
         """The techniques' names; empty for the model as it is stored."""
-        return tuple(self.settings)
+        return tuple(self.chosen)
+
+    @property
+    def settings(self) -> dict[str, Settings]:
+        """For each technique the settings that are not what they are by default."""
+        return {name: _changed(technique) for name, technique in self.chosen.items()}
+
+    @property
+    def quality(self) -> Quality:
+        """The worst of all."""
+        return QUALITIES[max((QUALITIES.index(technique.quality) for technique in self.techniques), default=0)]
 
     def recomputes(self) -> bool:
         """Whether blocks are recomputed in the backward pass, without which they cannot stream while tuning."""
         return any(technique.stage == Stage.RECOMPUTE for technique in self.techniques)
 
+    def settled(self, device: str) -> "Candidate":
+        """With nothing left open for a run on `device` (`cpu` or `cuda`). Only what is tried is asked: the answer may load a library."""
+        return Candidate({name: item.settled(device) if isinstance(item, Settles) else item for name, item in self.chosen.items()})
 
-def candidates(workload: Workload, available: Mapping[str, type[Any]], asked: Mapping[str, Settings], device: str) -> list[Candidate]:
-    """All candidates for a run on `device` (`cpu` or `cuda`), best quality first.
 
-    `asked` techniques are in every one. A quantization is added only where none was asked for, and only for work without
-    gradients, since a quantized weight is frozen; recomputation is added as an alternative for tuning.
+def candidates(workload: Workload, available: Mapping[str, type[Any]], asked: Mapping[str, Settings]) -> list[Candidate]:
+    """All candidates for `workload`, best quality first; their settings are not settled yet.
+
+    `asked` techniques are in every one. A quantization is added only where none was asked for, and only where the base is frozen, as
+    a quantized weight is: for work without gradients, and for tuning what an asked adapter adds. Recomputation is an alternative
+    for tuning.
     """
     quantizations: list[dict[str, Settings]] = [{}]
-    if workload.task != "tune" and not _has_stage(asked, available, Stage.QUANTIZE):
+    frozen = workload.task != "tune" or _has_stage(asked, available, Stage.ADAPT)
+    if frozen and not _has_stage(asked, available, Stage.QUANTIZE):
         quantizations += [dict[str, Settings]({name: {}}) for name, kind in available.items() if kind.stage == Stage.QUANTIZE]
     recomputations: list[dict[str, Settings]] = [{}]
     if workload.task == "tune" and not _has_stage(asked, available, Stage.RECOMPUTE):
         recomputations += [dict[str, Settings]({name: {}}) for name, kind in available.items() if kind.stage == Stage.RECOMPUTE]
     found = [
-        _candidate({**asked, **quantization, **recomputation}, available, device)
+        _candidate({**asked, **quantization, **recomputation}, available)
         for quantization in quantizations
         for recomputation in recomputations
     ]
@@ -50,21 +69,17 @@ def candidates(workload: Workload, available: Mapping[str, type[Any]], asked: Ma
 
 def allowed(candidate: Candidate, wished: Quality, asked: Mapping[str, Settings]) -> bool:
     """Whether `candidate` keeps the wished quality; what the user asked for by name is always allowed."""
-    chosen_by_name = set(candidate.settings) == set(asked) and bool(asked)
+    chosen_by_name = set(candidate.names) == set(asked) and bool(asked)
     return chosen_by_name or QUALITIES.index(candidate.quality) <= QUALITIES.index(wished) or _only_asked_lowers(candidate, asked)
 
 
 def _only_asked_lowers(candidate: Candidate, asked: Mapping[str, Settings]) -> bool:
-    added = [technique for name, technique in zip(candidate.settings, candidate.techniques, strict=True) if name not in asked]
+    added = [technique for name, technique in candidate.chosen.items() if name not in asked]
     return bool(asked) and all(technique.quality == "exact" for technique in added)
 
 
-def _candidate(settings: Mapping[str, Settings], available: Mapping[str, type[Any]], device: str) -> Candidate:
-    made = {name: available[name](**values) for name, values in settings.items()}
-    techniques = {name: technique.settled(device) if isinstance(technique, Settles) else technique for name, technique in made.items()}
-    decided = {name: _changed(technique) for name, technique in techniques.items()}
-    quality = QUALITIES[max((QUALITIES.index(technique.quality) for technique in techniques.values()), default=0)]
-    return Candidate(decided, tuple(techniques.values()), quality)
+def _candidate(settings: Mapping[str, Settings], available: Mapping[str, type[Any]]) -> Candidate:
+    return Candidate({name: available[name](**values) for name, values in settings.items()})
 
 
 def _changed(technique: Transform) -> Settings:

@@ -4,6 +4,7 @@ It knows techniques only as values that it is given, and machines only as rates.
 """
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from tightfit.formats.codec import as_if_on
@@ -12,7 +13,7 @@ from tightfit.planner.candidates import Candidate, allowed, candidates
 from tightfit.planner.explain import lacking, reasons, refusal
 from tightfit.planner.outcome import Outcome, Request
 from tightfit.planner.pace import pace
-from tightfit.planner.residency import Residency, least, settle
+from tightfit.planner.residency import Residency, behind, least, settle
 from tightfit.planner.weigh import Weights, weigh
 from tightfit.rehearse.rehearsal import rehearse
 from tightfit.terms.errors import TightfitError
@@ -20,6 +21,8 @@ from tightfit.terms.footprint import Footprint, total
 from tightfit.terms.machine import Machine
 from tightfit.terms.plan import Plan, TurnedDown
 from tightfit.terms.units import show_bytes
+
+Tried = tuple[Candidate, Footprint, Weights]
 
 SLOTS = 2
 """One block computes while the next is read; a third slot only evens out a jittery disk, at the price of a resident block."""
@@ -33,14 +36,15 @@ def choose(request: Request, machine: Machine, available: Mapping[str, type[Any]
     Raises `DoesNotFit` before any weight is read, with what is missing by kind and what would help.
     """
     asked = request.asked
-    device = "cuda" if request.budget.compute_tier == "gpu" else "cpu"
-    found = candidates(request.workload, available, asked, device)
+    found = candidates(request.workload, available, asked)
     wished = [candidate for candidate in found if allowed(candidate, request.quality, asked)]
-    outcomes, failures = _try_all(request, wished, machine, available)
+    tried, failures = _try_all(request, wished)
+    outcomes = _outcomes(request, tried, _extras(tried), machine)
     choice = [outcome for outcome in outcomes if outcome.residency is not None]
     if request.alternatives or not choice:
-        others, more = _try_all(request, [candidate for candidate in found if candidate not in wished], machine, available)
-        outcomes, failures = outcomes + others, failures + more
+        others, more = _try_all(request, [candidate for candidate in found if candidate not in wished])
+        outcomes += _outcomes(request, others, _extras([*tried, *others]), machine)
+        failures += more
     if not choice:
         raise refusal(request, outcomes)
     best = min(choice, key=lambda outcome: outcome.pace.whole)
@@ -48,50 +52,68 @@ def choose(request: Request, machine: Machine, available: Mapping[str, type[Any]
     return _plan(request, best, machine, (*turned_down, *failures))
 
 
-def _try_all(
-    request: Request, found: list[Candidate], machine: Machine, available: Mapping[str, type[Any]]
-) -> tuple[list[Outcome], list[TurnedDown]]:
-    """Outcomes, and the candidates that this model does not take. What the user asked for by name must work."""
-    outcomes, failures = [], []
+def _try_all(request: Request, found: list[Candidate]) -> tuple[list[Tried], list[TurnedDown]]:
+    """What is known whatever the budget, and the candidates that this model does not take. What the user asked for must work."""
+    tried, failures = [], []
     for candidate in found:
         try:
-            outcomes.append(_try(request, candidate, machine, available))
+            tried.append(_try(request, candidate))
         except TightfitError as error:
-            if set(candidate.settings) == set(request.asked):
+            if set(candidate.names) == set(request.asked):
                 raise
             failures.append(TurnedDown(candidate.names, str(error)))
-    return outcomes, failures
+    return tried, failures
 
 
-def _try(request: Request, candidate: Candidate, machine: Machine, available: Mapping[str, type[Any]]) -> Outcome:
-    skeleton, budget, fast = request.skeleton, request.budget, request.budget.compute_tier
-    with as_if_on("cuda" if fast == "gpu" else "cpu"):
-        footprint = rehearse(skeleton.meta_model, request.workload, candidate.techniques)
-        weights = weigh(skeleton, candidate.techniques, request.random_weights)
-    beside = max(total(parts) - parts.get("weights", 0) for parts in footprint.phases.values())
-    libraries = weights.libraries
-    streams = request.workload.task != "tune" or (candidate.recomputes() and weights.frozen_blocks)
+def _try(request: Request, left_open: Candidate) -> Tried:
+    skeleton, workload, device = request.skeleton, request.workload, "cuda" if request.budget.compute_tier == "gpu" else "cpu"
+    candidate = left_open.settled(device)
+    with as_if_on(device):
+        footprint = rehearse(skeleton.meta_model, workload, candidate.techniques)
+        weights = weigh(skeleton, candidate.techniques, request.random_weights, tuned=workload.task == "tune")
+    return candidate, footprint, weights
+
+
+def _extras(tried: list[Tried]) -> frozenset[str]:
+    """What trying has loaded stays in the process that plans, and runs the plan at once."""
+    return frozenset(extra for _, _, weights in tried for extra in weights.extras)
+
+
+def _outcomes(request: Request, tried: list[Tried], extras: frozenset[str], machine: Machine) -> list[Outcome]:
+    return [_outcome(request, candidate, footprint, replace(weights, extras=extras), machine) for candidate, footprint, weights in tried]
+
+
+def _outcome(request: Request, candidate: Candidate, footprint: Footprint, weights: Weights, machine: Machine) -> Outcome:
+    budget, workload, fast = request.budget, request.workload, request.budget.compute_tier
     room = {
-        "gpu": _room(machine, "gpu", budget.gpu, libraries) - weights.outside,
-        "ram": _room(machine, "ram", budget.ram, libraries) - (weights.passing if fast == "gpu" else weights.outside),
+        "gpu": _room(machine, "gpu", budget.gpu, weights.extras) - weights.outside,
+        "ram": _room(machine, "ram", budget.ram, weights.extras) - (weights.passing if fast == "gpu" else weights.outside),
         "disk": budget.disk if weights.changed else 1 << 62,  # else blocks are read from where they are
     }
-    staging = 0 if fast == "gpu" else weights.staging  # a GPU's readers have their buffers in RAM
-    residency = settle(weights.blocks, fast, room, SLOTS, SLOT_SLACK, staging, beside, weights.load_scratch)
-    if residency is not None and residency.streamed and not streams:
-        residency = None
-    lowest = residency or _all_on(fast, weights)
-    if residency is None and streams:
-        lowest = least(weights.blocks, fast, SLOTS, SLOT_SLACK, staging, beside, weights.load_scratch)
+    beside = max(total(parts) - parts.get("weights", 0) for parts in footprint.phases.values())
+    streams = workload.task != "tune" or (candidate.recomputes() and weights.take_turns)
+    residency, lowest = _settle(weights, fast, room, beside, streams)
     predicted = _predicted(request, footprint, weights, lowest, machine)
     needed = _needed(fast, predicted, weights, lowest, machine)
-    expected = pace(footprint, weights, lowest, request.workload, budget, machine, candidate.names)
+    expected = pace(footprint, weights, lowest, workload, budget, machine, candidate.names)
     return Outcome(candidate, footprint, weights, residency, predicted, needed, expected)
 
 
-def _room(machine: Machine, tier: str, cap: int, libraries: frozenset[str]) -> int:
+def _settle(weights: Weights, fast: str, room: Mapping[str, int], beside: int, streams: bool) -> tuple[Residency | None, Residency]:
+    """The residency inside `room`, if there is one; and it, or else that which asks least of the tiers that are too small."""
+    staging = 0 if fast == "gpu" else weights.staging  # a GPU's readers have their buffers in RAM
+    sizes = (SLOTS, SLOT_SLACK, staging, beside, weights.load_scratch(fast))
+    residency = settle(weights.blocks, fast, room, *sizes)
+    if not streams:
+        residency = None if residency is None or residency.streamed else residency
+        return residency, residency or _all_on(fast, weights)
+    lowest = residency or settle(weights.blocks, fast, behind(room, fast), *sizes) or least(weights.blocks, fast, room, *sizes)
+    return residency, lowest
+
+
+def _room(machine: Machine, tier: str, cap: int, extras: frozenset[str]) -> int:
     """Bytes that tensors may hold on `tier`, so that they and the overhead stay under `cap`."""
-    fixed = machine.overhead(tier, 0, libraries)
+    fixed = machine.overhead(tier, 0, extras)
     return int((cap - fixed) / (1 + machine.allocator_slack))
 
 
@@ -107,12 +129,12 @@ def _predicted(
     resting = weights.outside + residency.fast_bytes
     peak = max(footprint.phases.values(), key=lambda parts: total(parts) - parts.get("weights", 0))
     compute = {kind: size for kind, size in peak.items() if kind != "weights" and size} | {"weights": resting}
-    predicted = {fast: {**compute, "overhead": machine.overhead(fast, total(compute), weights.libraries)}}
+    predicted = {fast: {**compute, "overhead": machine.overhead(fast, total(compute), weights.extras)}}
     if fast == "gpu":
         pinned = sum(size for size, home in zip(weights.blocks, residency.homes, strict=True) if home == "ram")
         staging = READERS * PIECE_BYTES if "disk" in residency.homes else 0
         held = {"weights": pinned} | ({"workspace": staging} if staging else {})
-        predicted["ram"] = {**held, "overhead": machine.overhead("ram", total(held), weights.libraries)}
+        predicted["ram"] = {**held, "overhead": machine.overhead("ram", total(held), weights.extras)}
     spilled = sum(size for size, home in zip(weights.blocks, residency.homes, strict=True) if home == "disk")
     if spilled and weights.changed:
         predicted["disk"] = {"weights": spilled}
@@ -124,11 +146,11 @@ def _needed(
 ) -> dict[str, Mapping[str, int]]:
     """As `predicted`, but at the highest moment of loading or running."""
     needed = dict(predicted)
-    for tier, scratch in {"ram": weights.passing, fast: weights.load_scratch}.items():  # on a CPU the latter alone
+    for tier, scratch in {"ram": weights.passing, fast: weights.load_scratch(fast)}.items():  # on a CPU the latter alone
         if tier in predicted:
             held = weights.outside + residency.loading_bytes if tier == fast else predicted[tier]["weights"]
             load = {"weights": held, "workspace": scratch}
-            load |= {"overhead": machine.overhead(tier, total(load), weights.libraries)}
+            load |= {"overhead": machine.overhead(tier, total(load), weights.extras)}
             needed[tier] = max(predicted[tier], load, key=total)
     return needed
 
@@ -136,7 +158,7 @@ def _needed(
 def _turned_down(outcome: Outcome, best: Outcome, request: Request) -> TurnedDown:
     names = outcome.candidate.names
     if outcome.residency is None:
-        tier = lacking(request, outcome)
+        tier = lacking(request, outcome)[0]
         return TurnedDown(names, f"needs {show_bytes(total(outcome.needed[tier]))} on {tier}")
     ratio = best.pace.whole / outcome.pace.whole
     if not allowed(outcome.candidate, request.quality, request.asked):
@@ -154,7 +176,8 @@ def _plan(request: Request, best: Outcome, machine: Machine, turned_down: tuple[
     phases = {
         name: {**{kind: size for kind, size in parts.items() if size}, "weights": resting} for name, parts in best.footprint.phases.items()
     }
-    phases = {"load": {"weights": best.weights.outside + residency.loading_bytes, "workspace": best.weights.load_scratch}} | phases
+    scratch = best.weights.load_scratch(request.budget.compute_tier)
+    phases = {"load": {"weights": best.weights.outside + residency.loading_bytes, "workspace": scratch}} | phases
     known = machine.probed and (request.budget.compute_tier == "ram" or machine.device == "cuda")
     notes = () if known else ("rates and overhead are guesses for an unknown machine; `tightfit probe` measures them",)
     return Plan(

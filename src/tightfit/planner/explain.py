@@ -19,21 +19,19 @@ def reasons(request: Request, best: Outcome) -> tuple[str, ...]:
     homes = Counter(residency.homes[position] for position in residency.streamed)
     where = " and ".join(f"{count} from {tier}" for tier, count in sorted(homes.items(), reverse=True))
     stays = len(residency.homes) - len(residency.streamed)
-    stream, token = best.pace.seconds["stream"], best.pace.seconds.get("token", best.pace.seconds.get("step", 0.0))
-    bound = "the transfer sets the pace" if stream >= token else "the transfer hides behind compute"
+    bound = "the transfer sets the pace" if best.pace.transfer >= best.pace.compute else "the transfer hides behind compute"
     return (
         f"{stays} of {len(residency.homes)} blocks stay on {fast}; {where} stream through {residency.slots} slots",
-        f"a pass moves its blocks in {show_seconds(stream)}: {bound}",
+        f"a pass moves its blocks in {show_seconds(best.pace.seconds['stream'])}: {bound}",
         *lines,
     )
 
 
 def refusal(request: Request, outcomes: list[Outcome]) -> DoesNotFit:
     """The error for a budget in which nothing fits, with the nearest candidate's bytes by kind and what would help."""
-    fast, asked = request.budget.compute_tier, request.asked
-    mine = [outcome for outcome in outcomes if allowed(outcome.candidate, request.quality, asked)] or outcomes
-    nearest = min(mine, key=lambda outcome: total(outcome.needed[fast]))
-    tier = lacking(request, nearest)
+    mine = [outcome for outcome in outcomes if allowed(outcome.candidate, request.quality, request.asked)] or outcomes
+    nearest = min(mine, key=lambda outcome: _missing_bytes(request, outcome))
+    tier = lacking(request, nearest)[0]
     need, have = total(nearest.needed[tier]), request.budget.bytes_of(tier)
     with_what = " + ".join(f"`{name}`" for name in nearest.candidate.names)
     doing = {"generate": "to write text", "tune": "to be tuned", "embed": "for one pass"}[request.workload.task]
@@ -41,31 +39,38 @@ def refusal(request: Request, outcomes: list[Outcome]) -> DoesNotFit:
     return DoesNotFit(
         f"`{request.skeleton.name}` needs {show_bytes(need)} on {tier} {doing}{f' with {with_what}' if with_what else ''}; "
         f"the budget is {show_bytes(have)}",
-        hint=_helps(request, outcomes, nearest, tier),
+        hint=_helps(request, outcomes),
         details="  " + "   ".join(f"{kind} {show_bytes(parts[kind])}" for kind in KINDS if parts.get(kind)),
     )
 
 
-def lacking(request: Request, outcome: Outcome) -> str:
-    """The tier whose budget is too small for `outcome`; the compute tier where several are."""
+def lacking(request: Request, outcome: Outcome) -> list[str]:
+    """The tiers whose budget is too small for `outcome`, the compute tier first."""
     fast = request.budget.compute_tier
-    over = [tier for tier in (fast, "ram", "disk") if total(outcome.needed.get(tier, {})) > request.budget.bytes_of(tier)]
-    return over[0] if over else fast
+    tiers = dict.fromkeys((fast, "ram", "disk"))
+    return [tier for tier in tiers if total(outcome.needed.get(tier, {})) > request.budget.bytes_of(tier)] or [fast]
 
 
-def _helps(request: Request, outcomes: list[Outcome], nearest: Outcome, tier: str) -> str:
-    """What would help: another quality that fits, fewer tokens, or how much budget the smallest way takes."""
+def _missing_bytes(request: Request, outcome: Outcome) -> int:
+    return sum(total(outcome.needed[tier]) - request.budget.bytes_of(tier) for tier in lacking(request, outcome))
+
+
+def _helps(request: Request, outcomes: list[Outcome]) -> str:
+    """What would help, so that whoever types it gets a plan: another quality that fits, or how much of every tier the nearest way takes."""
     fast = request.budget.compute_tier
     fitting = [outcome for outcome in outcomes if outcome.residency is not None]
     if fitting:
         best = min(fitting, key=lambda outcome: outcome.pace.whole)
         names, size = " + ".join(best.candidate.names), show_bytes(total(best.predicted[fast]))
         return f"`--quality {best.candidate.quality}` lets `{names}` fit in {size}"
-    smallest = min(outcomes, key=lambda outcome: total(outcome.needed[fast])) if tier == fast else nearest
-    least = total(smallest.needed[tier])
-    quality = "" if allowed(smallest.candidate, request.quality, request.asked) else f" with `--quality {smallest.candidate.quality}`"
-    asked = f"`--{tier} {enough(least + least // 1000)}`{quality}"  # a thousandth more, since shares of bytes are rounded
-    variable = sum(smallest.needed[tier].get(kind, 0) for kind in ("activations", "kv_cache"))
-    if variable > least // 3:
-        return f"most of it grows with the tokens: try a smaller `--context` or `--batch`, or {asked}"
-    return f"{asked} is the least that works"
+    nearest = min(outcomes, key=lambda outcome: _missing_bytes(request, outcome))
+    tiers = lacking(request, nearest)
+    # On the command line a budget for RAM alone asks for a run without the GPU.
+    named = tiers if fast == "ram" or "gpu" in tiers else ["gpu", *tiers]
+    sizes = {tier: total(nearest.needed[tier]) for tier in named}
+    budgets = " ".join(f"--{tier} {enough(size + size // 1000)}" for tier, size in sizes.items())  # since shares of bytes are rounded
+    quality = "" if allowed(nearest.candidate, request.quality, request.asked) else f" with `--quality {nearest.candidate.quality}`"
+    variable = sum(nearest.needed[tiers[0]].get(kind, 0) for kind in ("activations", "kv_cache"))
+    if variable > sizes[tiers[0]] // 3:
+        return f"most of it grows with the tokens: try a smaller `--context` or `--batch`, or `{budgets}`{quality}"
+    return f"`{budgets}`{quality} is {'the least that works' if len(tiers) == 1 else 'enough'}"

@@ -17,10 +17,15 @@ from tightfit.terms.workload import Workload
 
 @dataclass(frozen=True)
 class Pace:
-    """`seconds` by name (see `Plan.seconds`), and `whole`: the workload from the first token read to the last written."""
+    """`seconds` by name (see `Plan.seconds`), and `whole`: the workload from the first token read to the last written.
+
+    Of what is done most often (a token after the prompt, a step), `compute` and `transfer` go on side by side.
+    """
 
     seconds: Mapping[str, float]
     whole: float
+    compute: float
+    transfer: float
 
 
 def pace(
@@ -35,19 +40,28 @@ def pace(
     """Predict the time of `workload` with the techniques `names`. Loading is told apart and is not part of `whole`."""
     fast = budget.compute_tier
     stream = transfer_seconds(weights, residency, fast, machine)
-    encode = machine.encode_seconds(weights.stored, names) if fast == "ram" else 0.0  # a GPU encodes faster than a disk reads
-    load = weights.stored / machine.disk_bandwidth + encode
+    load = load_seconds(weights, residency, fast, machine, names)
     if workload.task == "generate":
-        prefill = max(
-            compute_seconds(footprint.work_of("encoder"), fast, machine) + compute_seconds(footprint.work_of("prefill"), fast, machine),
-            stream,
-        )
-        token = max(compute_seconds(footprint.work_of("decode"), fast, machine), stream)
+        encoder, prompt, writing = (compute_seconds(footprint.work_of(stem), fast, machine) for stem in ("encoder", "prefill", "decode"))
+        reading = encoder + prompt
+        prefill, token = max(reading, stream), max(writing, stream)
         seconds = {"load": load, "prefill": prefill, "token": token, "stream": stream}
-        return Pace(seconds, prefill + max(0, workload.new_tokens - 1) * token)
-    passes = 2 if workload.task == "tune" else 1
-    step = max(compute_seconds(footprint.work_of(""), fast, machine), passes * stream)
-    return Pace({"load": load, "step": step, "stream": stream}, step)
+        often = writing if workload.new_tokens > 1 else reading
+        return Pace(seconds, prefill + max(0, workload.new_tokens - 1) * token, often, stream)
+    compute, transfer = compute_seconds(footprint.work_of(""), fast, machine), (2 if workload.task == "tune" else 1) * stream
+    step = max(compute, transfer)
+    return Pace({"load": load, "step": step, "stream": stream}, step, compute, transfer)
+
+
+def load_seconds(weights: Weights, residency: Residency, fast: str, machine: Machine, names: Iterable[str]) -> float:
+    """What stays in the model's own files is not read; what rests on disk in another form is read, encoded and written once.
+
+    Writing is taken to be as fast as reading.
+    """
+    on_disk = sum(size for size, home in zip(weights.blocks, residency.homes, strict=True) if home == "disk")
+    moved = weights.stored + on_disk if weights.changed else weights.stored - on_disk
+    encode = machine.encode_seconds(weights.stored, names) if fast == "ram" else 0.0  # a GPU encodes faster than a disk reads
+    return moved / machine.disk_bandwidth + encode
 
 
 def transfer_seconds(weights: Weights, residency: Residency, fast: str, machine: Machine) -> float:

@@ -49,16 +49,31 @@ def settle(
     for count in range(len(block_bytes), -1, -1):
         settled = _keeping(count, block_bytes, fast, slots, slack, staging)
         if max(settled.fast_bytes + beside, settled.loading_bytes + scratch) <= room[fast]:
-            homes = _second_homes(block_bytes, settled.streamed, fast, room)
+            homes = _homes(settled, block_bytes, fast, room)
             if homes is not None:
-                return replace(settled, homes=tuple(homes.get(position, fast) for position in range(len(block_bytes))))
+                return replace(settled, homes=homes)
     return None
 
 
-def least(block_bytes: Sequence[int], fast: str, slots: int, slack: int, staging: int = 0, beside: int = 0, scratch: int = 0) -> Residency:
-    """The residency that needs the fewest bytes of the `fast` tier; what streams comes from disk."""
+def least(
+    block_bytes: Sequence[int],
+    fast: str,
+    room: Mapping[str, int],
+    slots: int,
+    slack: int,
+    staging: int = 0,
+    beside: int = 0,
+    scratch: int = 0,
+) -> Residency:
+    """The residency that needs the fewest bytes of the `fast` tier; behind it RAM is kept to `room`, and the disk is endless."""
     found = (_keeping(count, block_bytes, fast, slots, slack, staging) for count in range(len(block_bytes) + 1))
-    return min(found, key=lambda residency: max(residency.fast_bytes + beside, residency.loading_bytes + scratch))
+    lowest = min(found, key=lambda residency: max(residency.fast_bytes + beside, residency.loading_bytes + scratch))
+    return replace(lowest, homes=_homes(lowest, block_bytes, fast, behind(room, fast)) or lowest.homes)
+
+
+def behind(room: Mapping[str, int], fast: str) -> dict[str, int]:
+    """`room` as it is on the `fast` tier, with an endless disk, and with RAM behind a GPU for what runs there besides."""
+    return {**room, "disk": 1 << 62} | ({"ram": max(0, room["ram"])} if fast == "gpu" else {})
 
 
 def _keeping(count: int, block_bytes: Sequence[int], fast: str, slots: int, slack: int, staging: int) -> Residency:
@@ -71,6 +86,12 @@ def _keeping(count: int, block_bytes: Sequence[int], fast: str, slots: int, slac
         return Residency(homes, (), 0, 0, held, held)
     used_slots, slot_bytes = min(slots, len(streamed)), max(block_bytes[position] for position in streamed) + slack
     return Residency(homes, streamed, used_slots, slot_bytes, held + used_slots * slot_bytes + staging, held + slot_bytes)
+
+
+def _homes(residency: Residency, block_bytes: Sequence[int], fast: str, room: Mapping[str, int]) -> tuple[str, ...] | None:
+    """Every block's tier; None when what streams finds no room behind `fast`."""
+    second = _second_homes(block_bytes, residency.streamed, fast, room)
+    return None if second is None else tuple(second.get(position, fast) for position in range(len(block_bytes)))
 
 
 def _second_homes(block_bytes: Sequence[int], streamed: Sequence[int], fast: str, room: Mapping[str, int]) -> dict[int, str] | None:

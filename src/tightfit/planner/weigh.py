@@ -3,105 +3,146 @@
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
-from torch import nn
+from torch import Tensor, nn
 
 from tightfit.contracts import Absorbs, Transform
 from tightfit.describe.blocks import blocks_of
 from tightfit.describe.skeleton import Skeleton
-from tightfit.formats.image import PIECE_BYTES, READERS, image_in_files, staging_bytes
+from tightfit.formats.experts import QuantizedExperts
+from tightfit.formats.image import PIECE_BYTES, READERS, BlockImage, image_in_files, staging_bytes
+from tightfit.formats.linear import QuantizedLinear
 
 ENCODING = 2.5
 """Bytes that a codec holds while it encodes, over the dense matrix's; measured with the allocator's records: int8 1.5, nf4 2.4."""
-SUMMING = 16 << 20
-"""Bytes of the float32 copy that checking a tensor for NaN makes, part by part."""
 
 
 @dataclass(frozen=True)
 class Weights:
-    """Bytes as they will rest. `load_scratch` is the most that is alive beside the resting weights while they are read."""
+    """Bytes as they will rest.
 
-    blocks: tuple[int, ...]
-    outside: int
-    stored: int  # the dense checkpoint, which loading reads
+    Scratch is alive beside the resting weights while one dense tensor after the other is read: `read_scratch` where they are read,
+    in RAM, and `encode_scratch` where they are encoded, on the compute tier. Never both at once.
+    """
+
+    blocks: tuple[int, ...]  # what may take turns: of each block the frozen tensors
+    outside: int  # what always stays: all else, what is trained inside blocks included
+    stored: int  # the dense checkpoint
     changed: bool  # blocks rest in another form than they are stored, if they are at all, so streaming them needs a spill file
-    frozen_blocks: bool  # no parameter inside a block is trained
-    load_scratch: int
-    passing: int  # what passes through RAM on its way to a GPU: the largest dense tensor, and the readers' buffers
+    take_turns: bool  # every block has frozen parameters
+    read_scratch: int
+    encode_scratch: int
+    passing: int  # what passes through RAM on its way to a GPU: the largest tensor with its parts, and the readers' buffers
     staging: int  # what readers hold beside the slots while blocks stream straight from the checkpoint
-    libraries: frozenset[str]
+    extras: frozenset[str]  # what the process holds beside tensors and what every run has, by the names of `Machine.overhead`
+
+    def load_scratch(self, fast: str) -> int:
+        """The most that is alive beside the resting weights on the compute tier `fast` while they are read."""
+        return self.encode_scratch if fast == "gpu" else max(self.encode_scratch, self.read_scratch)
 
 
-def weigh(skeleton: Skeleton, techniques: Iterable[Transform], random_weights: bool = False) -> Weights:
-    """Apply `techniques` to the meta model and weigh it. Tied tensors count once."""
+def weigh(skeleton: Skeleton, techniques: Iterable[Transform], random_weights: bool = False, tuned: bool = False) -> Weights:
+    """Apply `techniques` to the meta model and weigh it. Tied tensors count once. Only what is `tuned` has trainable parameters."""
     model = skeleton.meta_model()
-    paths = [path for path, _ in blocks_of(model)]
+    if not tuned:
+        model.requires_grad_(False)
     dense = dict(model.named_parameters())
+    inside = [[f"{path}.{name}" for name, _ in block.named_parameters()] for path, block in blocks_of(model)]
+    beside = {} if random_weights else read_beside(skeleton, model)
     for technique in sorted(techniques, key=lambda technique: technique.stage):
         technique.apply(model)
     blocks = [block for _, block in blocks_of(model)]
-    inside = [sum(tensor_bytes(tensor) for tensor in _tensors(block)) for block in blocks]
-    absorbing = [module for block in blocks for module in block.modules() if isinstance(module, Absorbs)]
-    changed = (
-        bool(absorbing) or random_weights or any(_is_rewritten(skeleton, path, block) for path, block in zip(paths, blocks, strict=True))
-    )
+    encoded = _encoded(model, dense)
+    images = [_image(skeleton, names, beside) for names in inside]
+    absorbs = any(isinstance(module, Absorbs) for block in blocks for module in block.modules())
+    changed = random_weights or absorbs or any(image is None for image in images)
+    turns = [sum(tensor_bytes(tensor) for tensor in _that_takes_turns(block, changed)) for block in blocks]
     return Weights(
-        blocks=tuple(inside),
-        outside=sum(tensor_bytes(tensor) for tensor in _tensors(model)) - sum(inside),
+        blocks=tuple(turns),
+        outside=sum(tensor_bytes(tensor) for tensor in [*model.parameters(), *model.buffers()]) - sum(turns),
         stored=sum(tensor_bytes(parameter) for parameter in dense.values()),
         changed=changed,
-        frozen_blocks=not any(parameter.requires_grad for block in blocks for parameter in block.parameters()),
-        load_scratch=_load_scratch(model, dense, skeleton),
-        passing=max((tensor_bytes(parameter) for parameter in dense.values()), default=0) + READERS * PIECE_BYTES,
-        staging=0 if changed else max((_staging(skeleton, path) for path in paths), default=0),
-        libraries=frozenset(_library(module) for module in absorbing) - {""},
+        take_turns=all(any(not parameter.requires_grad for parameter in block.parameters()) for block in blocks),
+        read_scratch=_read_scratch(dense, beside, encoded),
+        encode_scratch=max((_encode_scratch(dense[name]) for name in encoded), default=0),
+        passing=max((_passing(dense[name], beside.get(name, 0)) for name in dense), default=0) + READERS * PIECE_BYTES,
+        staging=0 if changed else max((staging_bytes(image) for image in images if image), default=0),
+        extras=_extras(model),
     )
 
 
-def _load_scratch(model: nn.Module, dense: Mapping[str, nn.Parameter], skeleton: Skeleton) -> int:
-    """The largest dense tensor that is alive beside the resting weights: what is encoded or joined; the rest is read into place.
+def read_beside(skeleton: Skeleton, model: nn.Module) -> dict[str, int]:
+    """Bytes that are alive beside a parameter of the dense meta `model` while it is read, where it is not read as it is stored.
 
-    Encoding works through slices, and holds about `ENCODING` times one matrix beside the dense tensor; joining holds parts and whole.
+    They are the parts that it is joined from (fused experts), or it in another precision. A checkpoint tells; of a shape without
+    weights transformers' own mapping does, as if `save_pretrained` had written it.
     """
-    encoded = {f"{path}.{name}" for path, module in model.named_modules() if isinstance(module, Absorbs) for name in _leaves(path, dense)}
-    scratch = min(SUMMING, 4 * max((parameter.numel() for parameter in dense.values()), default=0))
-    for name, parameter in dense.items():
-        joined = name in skeleton.origins and skeleton.origins[name].conversion is not None
-        matrix = tensor_bytes(parameter) // (parameter.shape[0] if parameter.dim() == 3 else 1)
-        needed = tensor_bytes(parameter) * ((name in encoded) + joined) + (int(ENCODING * matrix) if name in encoded else 0)
-        scratch = max(scratch, needed)
-    return scratch
+    dense, found = dict(model.named_parameters()), {}
+    for name, origin in skeleton.origins.items():
+        stored = sum(record.nbytes for record in origin.records)
+        if name in dense and origin.conversion is not None:
+            found[name] = 2 * stored - tensor_bytes(dense[name])  # joined in the stored precision
+        elif name in dense and origin.records[0].dtype != dense[name].dtype:
+            found[name] = stored
+    if skeleton.origins or skeleton.live is not None:
+        return found
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import WeightConverter
+
+    turns = get_model_conversion_mapping(model)  # type: ignore[arg-type]
+    saving = [turn.reverse_transform() for turn in turns if isinstance(turn, WeightConverter)]
+    joined = [name for name in dense if any(turn.rename_source_key(name)[1] is not None for turn in saving)]
+    return {name: tensor_bytes(dense[name]) for name in joined}
 
 
-def _is_rewritten(skeleton: Skeleton, path: str, block: nn.Module) -> bool:
-    """Whether the block cannot stream as it lies in the checkpoint: it is live, joined from parts, or of another precision."""
-    if skeleton.live is not None:
-        return True
-    found = [skeleton.origins[f"{path}.{name}"] for name, _ in block.named_parameters() if f"{path}.{name}" in skeleton.origins]
-    return any(origin.conversion is not None or origin.records[0].dtype != skeleton.dtype for origin in found)
-
-
-def _leaves(path: str, dense: Mapping[str, nn.Parameter]) -> list[str]:
-    return [name.rpartition(".")[2] for name in dense if name.rpartition(".")[0] == path]
-
-
-def _staging(skeleton: Skeleton, path: str) -> int:
-    """As if aligned where nothing is known (a preset without weights)."""
-    origins = {name: origin for name, origin in skeleton.origins.items() if name.startswith(f"{path}.")}
-    if not origins or any(origin.conversion is not None for origin in origins.values()):
-        return 0
-    image = image_in_files({name: origin.records[0] for name, origin in origins.items()})
-    return staging_bytes(image) if image else 0
-
-
-def tensor_bytes(tensor: object) -> int:
+def tensor_bytes(tensor: Tensor) -> int:
     """Bytes of one tensor, on any device."""
-    return tensor.numel() * tensor.element_size()  # type: ignore[attr-defined]
+    return tensor.numel() * tensor.element_size()
 
 
-def _tensors(module: nn.Module) -> list[object]:
-    return [*module.parameters(), *module.buffers()]
+def _that_takes_turns(block: nn.Module, changed: bool) -> list[Tensor]:
+    """Frozen parameters; buffers too where the block is written to a spill file, while the model's own files hold none."""
+    frozen: list[Tensor] = [parameter for parameter in block.parameters() if not parameter.requires_grad]
+    return [*frozen, *block.buffers()] if changed else frozen
 
 
-def _library(module: nn.Module) -> str:
-    """The foreign library that a quantized module loads, which adds to the process beside its tensors."""
-    return "bitsandbytes" if "nf4" in type(module).__module__ else ""
+def _image(skeleton: Skeleton, names: list[str], beside: Mapping[str, int]) -> BlockImage | None:
+    """The block of these parameters as it lies in the checkpoint; None where it cannot stream from there.
+
+    Of a shape without weights nothing more is known, so it counts as lying well.
+    """
+    if skeleton.live is not None or not beside.keys().isdisjoint(names):
+        return None
+    if not skeleton.origins:
+        return BlockImage((), (), 0)
+    if any(name not in skeleton.origins for name in names):
+        return None
+    return image_in_files({name: skeleton.origins[name].records[0] for name in names})
+
+
+def _encoded(model: nn.Module, dense: Mapping[str, nn.Parameter]) -> set[str]:
+    """Dense parameters that a module keeps in a form of its own."""
+    owners = {path for path, module in model.named_modules() if isinstance(module, Absorbs)}
+    return {name for name in dense if name.rpartition(".")[0] in owners}
+
+
+def _read_scratch(dense: Mapping[str, nn.Parameter], beside: Mapping[str, int], encoded: set[str]) -> int:
+    """What is read goes straight to its place, unless it will be encoded, when its place is another."""
+    return max((size + (tensor_bytes(dense[name]) if name in encoded else 0) for name, size in beside.items()), default=0)
+
+
+def _encode_scratch(parameter: nn.Parameter) -> int:
+    """The dense tensor, and what the codec takes for one matrix of it."""
+    matrix = tensor_bytes(parameter) // (parameter.shape[0] if parameter.dim() == 3 else 1)
+    return tensor_bytes(parameter) + int(ENCODING * matrix)
+
+
+def _passing(parameter: nn.Parameter, beside: int) -> int:
+    """The whole with the parts that it is joined from."""
+    return tensor_bytes(parameter) + beside
+
+
+def _extras(model: nn.Module) -> frozenset[str]:
+    """The foreign libraries that quantized modules load, and `routing` where tokens choose experts."""
+    libraries = {module.codec.library for module in model.modules() if isinstance(module, QuantizedLinear | QuantizedExperts)} - {""}
+    routed = any(path.rpartition(".")[2] == "experts" for path, _ in model.named_modules())
+    return frozenset(libraries | ({"routing"} if routed else set()))

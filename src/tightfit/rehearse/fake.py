@@ -9,8 +9,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
-from tightfit.terms.errors import TightfitError
+from tightfit.describe.lengths import check_lengths
 from tightfit.terms.workload import Workload
 
 
@@ -21,13 +22,26 @@ def materialize(model: nn.Module, make: Callable[[Tensor], Tensor]) -> None:
         for name, parameter in module._parameters.items():
             if parameter is not None:
                 if id(parameter) not in made:
-                    made[id(parameter)] = nn.Parameter(make(parameter), requires_grad=parameter.requires_grad)
+                    made[id(parameter)] = _as_parameter(make(parameter), parameter.requires_grad)
                 module._parameters[name] = made[id(parameter)]
         for name, buffer in module._buffers.items():
             if buffer is not None:
                 if id(buffer) not in made:
                     made[id(buffer)] = make(buffer) if buffer.device.type == "meta" else buffer
                 module._buffers[name] = made[id(buffer)]
+
+
+def _as_parameter(tensor: Tensor, requires_grad: bool) -> Tensor:
+    """`nn.Parameter` marks a tensor of another class so too, but detaches it first."""
+    if isinstance(tensor, FakeTensor):
+        tensor._is_param = True
+        return tensor.requires_grad_(requires_grad)
+    return nn.Parameter(tensor, requires_grad=requires_grad)
+
+
+def fake_on_cpu(tensor: Tensor, mode: FakeTensorMode) -> Tensor:
+    """A fake CPU tensor of the same shape and dtype. Made by hand, since asking `mode` for thousands takes a second."""
+    return FakeTensor(mode, torch.empty(tensor.shape, dtype=tensor.dtype, device="meta"), torch.device("cpu"))
 
 
 def empty_like_on_cpu(tensor: Tensor) -> Tensor:
@@ -47,9 +61,8 @@ def inputs_for(model: nn.Module, workload: Workload, make: Callable[..., Tensor]
         size = config.image_size
         pixels = ids((batch, config.num_channels, size, size), 256).to(_floating(model)) / 128 - 1
         return {"pixel_values": pixels} | ({"labels": ids((batch,), config.num_labels)} if tuning else {})
-    text = config.get_text_config()
-    check_length(text, workload.context)
-    tokens = ids((batch, workload.tokens), text.vocab_size)
+    check_lengths(config, workload.tokens, workload.new_tokens if workload.task == "generate" else 0)
+    tokens = ids((batch, workload.tokens), config.get_text_config().vocab_size)
     if not tuning:
         return {"input_ids": tokens} | ({"decoder_input_ids": tokens} if config.is_encoder_decoder and workload.task == "embed" else {})
     return {"input_ids": tokens} | ({"labels": tokens} if _has_head(model) else {})
@@ -90,16 +103,6 @@ def convertible_modules() -> Iterator[None]:
         yield
     finally:
         nn.Module._apply = usual  # type: ignore[method-assign]
-
-
-def check_length(config: Any, context: int) -> None:
-    """Refuse a context that is longer than the model's positions."""
-    positions = getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None)
-    if positions and context > positions and getattr(config, "rope_parameters", None) is None:
-        raise TightfitError(
-            f"{context} tokens are more than the model's {positions} positions",
-            hint=f"ask for at most {positions} tokens, prompt and new ones together",
-        )
 
 
 def _has_head(model: nn.Module) -> bool:

@@ -1,11 +1,10 @@
-"""Rehearsal: the very step that will run, on fake tensors under the meter, at two depths, extended to any depth.
+"""Rehearsal: the very step that will run, on fake tensors under the meter, with few blocks, extended to any depth.
 
-Blocks repeat, so each phase's bytes are linear in the number of blocks of each kind. Two blocks of every kind are
-rehearsed, then one more of each kind in turn; the differences extend every phase by itself, because which phase holds the
-peak changes with depth and length.
+Blocks repeat, so each phase's bytes are linear in the number of blocks of each kind. The landmarks of every stack are rehearsed
+(`thin.py`), then one more block of each group in turn; the differences extend every phase by itself, because which phase holds
+the peak changes with depth and length. Techniques change the whole model before it is thinned, so they see every block in its place.
 """
 
-from collections import Counter
 from collections.abc import Callable, Iterable
 from contextlib import ExitStack
 from typing import Any
@@ -17,43 +16,55 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from tightfit import steps
 from tightfit.contracts import Transform
 from tightfit.describe.blocks import block_lists, signature
-from tightfit.rehearse.fake import convertible_modules, empty_like_on_cpu, inputs_for, materialize, one_sequence_per_row
+from tightfit.rehearse.fake import convertible_modules, fake_on_cpu, inputs_for, materialize, one_sequence_per_row
 from tightfit.rehearse.meter import Meter
 from tightfit.rehearse.stand_in import standing_in
+from tightfit.rehearse.thin import names_of, plan_of, thinned
+from tightfit.terms.errors import TightfitError
 from tightfit.terms.footprint import Footprint, combine
 from tightfit.terms.workload import Workload
-
-_AT_LEAST = 2
-"""Blocks of one kind that are rehearsed: the first and the last differ (first copies, last gradients), those between do not."""
 
 
 def rehearse(make_model: Callable[[], nn.Module], workload: Workload, techniques: Iterable[Transform] = ()) -> Footprint:
     """Predict the bytes and operations of `workload` on a model of any depth.
 
-    `make_model` builds the model on `meta`; it is called for every rehearsed depth, since techniques change their model.
+    `make_model` builds the model on `meta`; it is called once, and the techniques change what it gives.
     """
-    techniques = sorted(techniques, key=lambda technique: technique.stage)
-    kinds = _kinds(make_model())
-    counts = Counter(kind for stack in kinds for kind in stack)
-    fewest = {kind: min(_AT_LEAST, count) for kind, count in counts.items()}
-    base = rehearse_whole(_thinned(make_model(), kinds, fewest), workload, techniques)
-    result = base
-    for kind, count in counts.items():
-        if count > fewest[kind]:
-            deeper = rehearse_whole(_thinned(make_model(), kinds, fewest | {kind: fewest[kind] + 1}), workload, techniques)
-            result = _extend(result, base, deeper, count - fewest[kind])
+    model = make_model()
+    _apply(model, techniques)
+    kinds = [[signature(block) for block in stack] for _, stack in block_lists(model)]
+    kept, further = plan_of(kinds)
+    base = result = _rehearsed(thinned(model, kept), workload)
+    for number, deeper in further:
+        result = _extend(result, base, _rehearsed(thinned(model, deeper), workload), number)
     return result
 
 
 def rehearse_whole(model: nn.Module, workload: Workload, techniques: Iterable[Transform] = ()) -> Footprint:
     """Predict by running every block of the `meta` model `model` on fake tensors."""
+    _apply(model, techniques)
+    return _rehearsed(model, workload)
+
+
+def _apply(model: nn.Module, techniques: Iterable[Transform]) -> None:
     with torch.device("meta"):
-        for technique in techniques:
+        for technique in sorted(techniques, key=lambda technique: technique.stage):
             technique.apply(model)
-    with FakeTensorMode(), one_sequence_per_row(), convertible_modules(), standing_in(model), ExitStack() as hooks:
-        materialize(model, empty_like_on_cpu)
-        batch = inputs_for(model, workload)
-        return measure(model, batch, workload, hooks)
+
+
+def _rehearsed(model: nn.Module, workload: Workload) -> Footprint:
+    mode = FakeTensorMode()
+    materialize(model, lambda tensor: fake_on_cpu(tensor, mode))
+    with mode, one_sequence_per_row(), convertible_modules(), standing_in(model), ExitStack() as hooks:
+        try:
+            return measure(model, inputs_for(model, workload), workload, hooks)
+        except RuntimeError as error:
+            if "overflow" not in str(error):
+                raise
+            raise TightfitError(
+                f"{workload.batch} × {workload.context} tokens make tensors of more bytes than can be counted",
+                hint="ask for a smaller `--context` or `--batch`",
+            ) from error
 
 
 def measure(model: nn.Module, batch: dict[str, Any], workload: Workload, hooks: ExitStack) -> Footprint:
@@ -143,17 +154,17 @@ def _fill(cache: Any, length: int, meter: Meter) -> None:
 
 
 def _watch_blocks(model: nn.Module, meter: Meter, hooks: ExitStack) -> None:
-    """Name the phases: before, first block, later blocks, after; in the backward pass likewise, in reverse."""
+    """Name the phases: before, each landmark, the other blocks, after; in the backward pass likewise, in reverse."""
     for number, (_, stack) in enumerate(block_lists(model)):
-        last = len(stack) - 1
+        names = names_of([signature(block) for block in stack])
         for index, block in enumerate(stack):
-            name = f"stack {number} " + ("first block" if index == 0 else "last block" if index == last else "blocks")
+            name = f"stack {number} {names[index]}"
 
             def before(_module: Any, _args: Any, name: str = name) -> None:
                 if not meter.phase.startswith(("backward", "optimizer")):
                     meter.enter(f"{_stem(meter.phase)}: {name}")
 
-            def after(_module: Any, _args: Any, output: Any, name: str = name, ends: bool = index == last) -> None:
+            def after(_module: Any, _args: Any, output: Any, name: str = name, ends: bool = index == len(stack) - 1) -> None:
                 hidden = output[0] if isinstance(output, tuple) else output
                 if hidden.requires_grad and not meter.phase.startswith("backward"):
                     hidden.register_hook(lambda _grad: meter.enter(f"backward: {name}"))
@@ -168,36 +179,17 @@ def _stem(phase: str) -> str:
     return phase.split(":")[0]
 
 
-def _kinds(model: nn.Module) -> list[list[tuple[int, Any]]]:
-    """For each stack, each block's kind: the stack's number and the block's signature."""
-    return [[(number, signature(block)) for block in stack] for number, (_, stack) in enumerate(block_lists(model))]
-
-
-def _thinned(model: nn.Module, kinds: list[list[Any]], keep: dict[Any, int]) -> nn.Module:
-    """`model` with only the first `keep[kind]` blocks of every kind, in their order."""
-    left = dict(keep)
-    for (path, stack), stack_kinds in zip(block_lists(model), kinds, strict=True):
-        kept = []
-        for block, kind in zip(stack, stack_kinds, strict=True):
-            if left[kind] > 0:
-                left[kind] -= 1
-                kept.append(block)
-        parent, _, name = path.rpartition(".")
-        setattr(model.get_submodule(parent), name, nn.ModuleList(kept))
-    return model
-
-
 def _extend(result: Footprint, base: Footprint, deeper: Footprint, more: int) -> Footprint:
-    """Add `more` blocks of the kind that `deeper` has one more of than `base`.
+    """Add `more` times what `deeper` has and `base` has not: one block, or one of each of several groups of so many.
 
-    Bytes: only phases that `base` has too; those of the blocks between the first and the last never hold the peak alone.
+    Bytes: only phases that `base` has too; those of the blocks between the landmarks never hold the peak alone.
     """
     return Footprint(
         phases={
             name: combine([(1, parts), (more, deeper.phases[name]), (-more, base.phases[name])]) for name, parts in result.phases.items()
         },
         work={
-            name: combine([(1, result.work.get(name, {})), (more, work), (-more, base.work.get(name, {}))])
-            for name, work in deeper.work.items()
+            name: combine([(1, result.work.get(name, {})), (more, deeper.work.get(name, {})), (-more, base.work.get(name, {}))])
+            for name in dict.fromkeys((*result.work, *deeper.work))
         },
     )

@@ -12,12 +12,14 @@ from torch import Tensor, nn
 from tightfit import catalog
 from tightfit.contracts import Absorbs
 from tightfit.describe.blocks import blocks_of
-from tightfit.describe.skeleton import Skeleton
+from tightfit.describe.skeleton import Skeleton, persistent_buffers
 from tightfit.formats.image import BlockImage, copy_into, image_in_files, image_of, unbind
+from tightfit.runtime.link import pinned_empty
 from tightfit.runtime.spill import Spill
 from tightfit.runtime.stream import Stream
 from tightfit.runtime.weights import reader
 from tightfit.terms.errors import TightfitError
+from tightfit.terms.machine import Machine
 from tightfit.terms.plan import Plan
 
 Progress = Callable[[int, int], None]
@@ -64,12 +66,20 @@ def build(plan: Plan, skeleton: Skeleton, progress: Progress = lambda done, whol
         technique.apply(model)
     built = Built(model, skeleton, plan, device)
     try:
+        if device.type == "cuda":
+            _cap_allocator(plan)
         _fill(built, progress)
     except BaseException:
         built.close()
         raise
     built.load_seconds = time.perf_counter() - began
     return built
+
+
+def _cap_allocator(plan: Plan) -> None:
+    """Let torch's allocator give its cache back, and in the end refuse, before it goes beyond the budget less the card's own overhead."""
+    whole = torch.cuda.get_device_properties(0).total_memory
+    torch.cuda.set_per_process_memory_fraction(min(1.0, (plan.budget.gpu - Machine.here().overhead_gpu) / whole))
 
 
 def _fill(built: Built, progress: Progress) -> None:
@@ -83,13 +93,15 @@ def _fill(built: Built, progress: Progress) -> None:
     pinned: dict[int, Tensor] = {}
     source.place_outside()
     for position, (path, block) in enumerate(blocks_of(built.model)):
-        image = source.image_in_files(path, block) if position in streamed else None
+        waits_in_ram = position in streamed and built.device.type == "cuda" and built.plan.residency[position] == "ram"
+        image = source.image_in_files(path, block) if position in streamed and not waits_in_ram else None
         if image is None:
             source.place_block(path)
             if position in streamed:
                 image = image_of(block)
-                if built.plan.residency[position] == "ram" and built.device.type == "cuda":
-                    pinned[position] = _pinned(block, image)
+                if waits_in_ram:
+                    pinned[position] = built.held.enter_context(pinned_empty(image.slot_bytes))
+                    copy_into(block, image, pinned[position])
                 else:
                     image = spill.write(block, image)
         if image is not None:
@@ -100,12 +112,6 @@ def _fill(built: Built, progress: Progress) -> None:
         blocks = {position: block for position, (_, block) in enumerate(blocks_of(built.model)) if position in streamed}
         built.stream = built.held.enter_context(Stream(blocks, images, offload.slots, built.device, pinned))
         built.model.stream_socket.ring = built.stream
-
-
-def _pinned(block: nn.Module, image: BlockImage) -> Tensor:
-    flat = torch.empty(image.slot_bytes, dtype=torch.uint8, pin_memory=True)
-    copy_into(block, image, flat)
-    return flat
 
 
 class _Source:
@@ -126,11 +132,12 @@ class _Source:
         return self.done, self.whole
 
     def place_outside(self) -> None:
-        """Place what belongs to no block, tied names together, and compute the buffers that no checkpoint holds."""
+        """Place what belongs to no block, tied names together, and all buffers: those that no checkpoint holds are computed."""
         inside = tuple(f"{path}." for path, _ in blocks_of(self.dense))
         for names in self.names.values():
             if not names[0].startswith(inside):
                 self._place(names, self.built.device)
+        self._place_buffers()
         restore_buffers(self.built.model, self.built.device)
 
     def place_block(self, path: str) -> None:
@@ -141,17 +148,14 @@ class _Source:
 
     def image_in_files(self, path: str, block: nn.Module) -> BlockImage | None:
         """The image of `block` straight in the checkpoint; None when it is quantized, converted, made up, or of another precision."""
-        origins = self.built.skeleton.origins
-        names = [name for name, _ in self.dense.get_submodule(path).named_parameters()]
-        found = {name: origins.get(f"{path}.{name}") for name in names}
-        plain = all(
-            origin and origin.conversion is None and origin.records[0].dtype == self.built.skeleton.dtype for origin in found.values()
-        )
+        origins, dense = self.built.skeleton.origins, dict(self.dense.get_submodule(path).named_parameters())
+        found = {name: origins.get(f"{path}.{name}") for name in dense}
+        plain = all(origin and origin.conversion is None and origin.records[0].dtype == dense[name].dtype for name, origin in found.items())
         if self.built.plan.random_weights or not plain or any(isinstance(module, Absorbs) for module in block.modules()):
             return None
         image = image_in_files({name: origin.records[0] for name, origin in found.items() if origin})
         if image is not None:
-            self.done += sum(_bytes(parameter) for parameter in self.dense.get_submodule(path).parameters())
+            self.done += sum(_bytes(parameter) for parameter in dense.values())
         return image
 
     def _place(self, names: list[str], device: torch.device) -> None:
@@ -166,6 +170,14 @@ class _Source:
                 owner._parameters[leaf] = shared
         self.done += _bytes(dense)
 
+    def _place_buffers(self) -> None:
+        """Small ones, so those of all blocks at once. Made-up weights leave them to be computed, as they are before training."""
+        skeleton = self.built.skeleton
+        for name in persistent_buffers(self.dense) if not self.built.plan.random_weights else ():
+            if name in skeleton.origins or skeleton.live is not None:
+                parent, _, leaf = name.rpartition(".")
+                self.built.model.get_submodule(parent)._buffers[leaf] = self.read(name).to(self.built.device)
+
     def _absorb(self, owner: Absorbs, name: str, leaf: str, dense: Tensor) -> None:
         try:
             owner.absorb(leaf, dense)
@@ -176,10 +188,10 @@ class _Source:
 def restore_buffers(model: nn.Module, device: torch.device) -> None:
     """Compute the buffers that no checkpoint holds (rotary frequencies, position tables), as transformers does after loading.
 
-    On `meta` they have no values; each module's own initialisation makes them anew, parameters are left alone.
+    On `meta` they have no values; each module's own initialisation makes them anew, what was read is left alone.
     """
-    for parameter in model.parameters():
-        parameter._is_hf_initialized = True  # type: ignore[attr-defined]
+    for tensor in (*model.parameters(), *(buffer for buffer in model.buffers() if not buffer.is_meta)):
+        tensor._is_hf_initialized = True  # type: ignore[attr-defined]
     for module in model.modules():
         lost = {name: buffer for name, buffer in module._buffers.items() if buffer is not None and buffer.is_meta}
         if lost and not isinstance(module, Absorbs):

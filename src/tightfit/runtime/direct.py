@@ -167,8 +167,12 @@ class Readers:
     def ask(self, deed: Callable[..., Any], *arguments: Any) -> "Future[Any]":
         """Do `deed(*arguments)` in a thread. The future can be cancelled until it begins."""
         future: Future[Any] = Future()
-        self._queue.put((future, deed, arguments))
+        self.fulfil(future, deed, *arguments)
         return future
+
+    def fulfil(self, future: "Future[Any]", deed: Callable[..., Any], *arguments: Any) -> None:
+        """As `ask`, with a future that the caller has noted already: no interrupt can hide it."""
+        self._queue.put((future, deed, arguments))
 
     def close(self) -> None:
         """Give up what has not begun, wait for what has, and end the threads."""

@@ -1,14 +1,16 @@
 """Link: the ways of a block's bytes into its slot, and who must wait for whom on the way."""
 
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from queue import SimpleQueue
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from tightfit.runtime.direct import DirectFiles, Piece
+from tightfit.runtime.direct import DirectFiles, Piece, aligned_empty
+from tightfit.terms.errors import TightfitError
 
 
 class Link(Protocol):
@@ -137,3 +139,20 @@ def read_staged(files: DirectFiles, piece: Piece, flat: Tensor, buffers: "Simple
 def copy_source(source: Tensor, flat: Tensor, link: Link, after: Any) -> tuple[int, Any]:
     """Copy a block that rests in RAM into the slot `flat`."""
     return source.numel(), link.copy([(flat[: source.numel()], source)], after)
+
+
+@contextmanager
+def pinned_empty(nbytes: int) -> Iterator[Tensor]:
+    """Pinned RAM of exactly `nbytes`, as long as the context lasts: torch's own pinned memory is rounded up to a power of two.
+
+    # → (nbytes,) uint8. Raises `TightfitError` when the driver refuses.
+    """
+    flat, driver = aligned_empty(nbytes), torch.cuda.cudart()
+    if fault := int(driver.cudaHostRegister(flat.data_ptr(), nbytes, 0)):
+        raise TightfitError(
+            f"the driver does not pin {nbytes} bytes of RAM (error {fault})", hint="raise `ulimit -l`, or plan with less `--ram`"
+        )
+    try:
+        yield flat
+    finally:
+        driver.cudaHostUnregister(flat.data_ptr())

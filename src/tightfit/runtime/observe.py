@@ -2,12 +2,15 @@
 
 import statistics
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from functools import wraps
 from typing import Any
 
 import torch
+from torch import nn
+from torch.utils._pytree import tree_iter
 
+from tightfit.formats.notes import kernel_notes
 from tightfit.rehearse.meter import Meter
 from tightfit.runtime.build import Built
 from tightfit.runtime.process import reset_peak, resident
@@ -16,10 +19,14 @@ from tightfit.terms.footprint import total
 from tightfit.terms.report import Report
 from tightfit.terms.units import show_bytes
 
+Forward = Callable[..., Any]
+
 
 class Observer:
-    """Wraps the model's forward pass. The meter costs some microseconds an operation, so on the CPU only some passes are metered:
-    the first two (prompt, first token), each whose number is a power of two, and the last one that was planned.
+    """Wraps the forward pass of the model, and that of its encoder, which `generate` calls by itself before the first pass.
+
+    The meter costs some microseconds an operation, so on the CPU only some passes are metered: the encoder's, the first two
+    (prompt, first token), each whose number is a power of two, and the last one that was planned.
     """
 
     def __init__(self, built: Built) -> None:
@@ -27,26 +34,27 @@ class Observer:
         self.passes = 0
         self.pass_seconds: list[float] = []
         self.peak: dict[str, int] = {}
-        self._last = max(1, built.plan.workload.new_tokens)
-        self._forward = built.model.forward
+        self._last = max(1, built.plan.workload.new_tokens) if built.plan.workload.task == "generate" else 1
+        self._longest = 0  # token ids that one pass was given
+        self._encoder_seconds = 0.0
+        self._wrapped: list[tuple[nn.Module, Forward]] = []
         self._load_peak = resident().peak
+        self._load_reserved = torch.cuda.max_memory_reserved() if self._on_gpu() else 0
 
     def __enter__(self) -> "Observer":
         reset_peak()
-        if self.built.device.type == "cuda":
+        if self._on_gpu():
             torch.cuda.reset_peak_memory_stats()
-
-        @wraps(self._forward)  # `generate` reads the signature, and would ask for the logits of the whole prompt without it
-        def observed(*args: Any, **kwargs: Any) -> Any:
-            return self._observed(*args, **kwargs)
-
-        self.built.model.forward = observed
+        self._wrap(self.built.model, self._pass)
+        if self.built.model.config.is_encoder_decoder:
+            self._wrap(self.built.model.get_encoder(), self._encoder_pass)
         self._began = time.perf_counter()
         return self
 
     def __exit__(self, *_: object) -> None:
         self.whole = time.perf_counter() - self._began
-        self.built.model.forward = self._forward
+        for module, forward in self._wrapped:
+            module.forward = forward
 
     def report(self, tokens: int, text: str = "") -> Report:
         """What was seen, held against the plan."""
@@ -64,33 +72,56 @@ class Observer:
                 "whole": self.whole,
                 "waited": traffic.seconds_waited if traffic else 0.0,
             },
-            gpu={"allocated": torch.cuda.max_memory_allocated(), "reserved": torch.cuda.max_memory_reserved()} if self._on_gpu() else {},
+            gpu=self._gpu_peaks() if self._on_gpu() else {},
             moved_bytes=traffic.bytes_moved if traffic else 0,
             tokens=tokens,
-            complete=self.passes >= self._last,
+            complete=self._is_complete(),
             text=text,
+            notes=tuple(kernel_notes(self.built.model)),
         )
 
-    def _observed(self, *args: Any, **kwargs: Any) -> Any:
+    def _wrap(self, module: nn.Module, observed: Callable[[Forward, Any, Any], Any]) -> None:
+        forward = module.forward
+
+        @wraps(forward)  # `generate` reads the signature, and would ask for the logits of the whole prompt without it
+        def wrapper(*args: Any, **kwargs: Any) -> Any:
+            return observed(forward, args, kwargs)
+
+        self._wrapped.append((module, forward))
+        module.forward = wrapper
+
+    def _pass(self, forward: Forward, args: Any, kwargs: Any) -> Any:
         began = time.perf_counter()
         number = self.passes = self.passes + 1
-        if not self._on_gpu() and (number <= 2 or number == self._last or number & (number - 1) == 0):
-            result = self._metered(args, kwargs)
-        else:
-            result = self._forward(*args, **kwargs)
+        result = self._run(forward, args, kwargs, number <= 2 or number == self._last or number & (number - 1) == 0)
+        self.pass_seconds.append(time.perf_counter() - began + self._encoder_seconds)
+        self._encoder_seconds = 0.0
+        return result
+
+    def _encoder_pass(self, forward: Forward, args: Any, kwargs: Any) -> Any:
+        """Its time counts to the first token's."""
+        began = time.perf_counter()
+        result = self._run(forward, args, kwargs, metered=True)
+        self._encoder_seconds = time.perf_counter() - began
+        return result
+
+    def _run(self, forward: Forward, args: Any, kwargs: Any, metered: bool) -> Any:
+        ids = kwargs.get("input_ids")
+        self._longest = max(self._longest, 0 if ids is None else ids.numel())
+        result = self._metered(forward, args, kwargs) if metered and not self._on_gpu() else forward(*args, **kwargs)
         if self._on_gpu():
             torch.cuda.synchronize()
         self._refuse_overrun()
-        self.pass_seconds.append(time.perf_counter() - began)
         return result
 
-    def _metered(self, args: Any, kwargs: Any) -> Any:
+    def _metered(self, forward: Forward, args: Any, kwargs: Any) -> Any:
         meter = Meter()
         meter.adopt(self._weights(), "weights")
+        meter.adopt(tree_iter(kwargs.get("encoder_outputs")), "activations")
         cache = kwargs.get("past_key_values")
         meter.adopt(_cached(cache), "kv_cache")
         with meter:
-            result = self._forward(*args, **kwargs)
+            result = forward(*args, **kwargs)
         highest = dict(meter.footprint().peak)
         grown = sum(tensor.numel() * tensor.element_size() for tensor in _cached(cache)) - highest.get("kv_cache", 0)
         moved = min(max(0, grown), highest.get("activations", 0))  # what the cache took during this pass was counted as activations
@@ -99,6 +130,11 @@ class Observer:
         if total(highest) > total(self.peak):
             self.peak = highest
         return result
+
+    def _is_complete(self) -> bool:
+        """Whether as much ran as the plan foresaw: its passes, and one of them over as many tokens (a prompt may be shorter)."""
+        work = self.built.plan.workload
+        return self.passes >= self._last and self._longest >= work.batch * work.tokens
 
     def _weights(self) -> Iterable[torch.Tensor]:
         yield from self.built.model.parameters()
@@ -112,17 +148,26 @@ class Observer:
         held = sum(weights.values())
         return {"weights": held, "activations": max(0, torch.cuda.max_memory_allocated() - held)}
 
+    def _gpu_peaks(self) -> dict[str, int]:
+        """Of torch's allocator, while running and while loading."""
+        running = {"allocated": torch.cuda.max_memory_allocated(), "reserved": torch.cuda.max_memory_reserved()}
+        return running | {"load_reserved": self._load_reserved}
+
     def _on_gpu(self) -> bool:
         return self.built.device.type == "cuda"
 
     def _refuse_overrun(self) -> None:
         """Stop rather than go on above the budget: whoever set it shares the machine with others."""
-        held, cap = resident().total, self.built.plan.budget.ram
-        if held > cap:
-            raise TightfitError(
-                f"stopped: the process holds {show_bytes(held)} of RAM, its budget is {show_bytes(cap)}",
-                hint="`tightfit probe` measures this machine's overhead, then plans are exact",
-            )
+        budget = self.built.plan.budget
+        held = [("the process", resident().total, "RAM", budget.ram)]
+        if self._on_gpu():
+            held.append(("torch's allocator", torch.cuda.memory_reserved(), "GPU memory", budget.gpu))
+        for who, size, memory, cap in held:
+            if size > cap:
+                raise TightfitError(
+                    f"stopped: {who} holds {show_bytes(size)} of {memory}, its budget is {show_bytes(cap)}",
+                    hint="`tightfit probe` measures this machine's overhead, then plans are exact",
+                )
 
 
 def _cached(cache: Any) -> list[torch.Tensor]:

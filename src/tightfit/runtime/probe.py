@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -17,8 +18,9 @@ from tightfit.contracts import Stage
 from tightfit.describe.source import describe
 from tightfit.runtime.build import build
 from tightfit.runtime.direct import DirectFiles, Readers, aligned_empty
+from tightfit.runtime.spill import folder_fault
 from tightfit.runtime.stream import Stream
-from tightfit.terms.budget import spill_folder
+from tightfit.terms.disk import spill_folder
 from tightfit.terms.errors import TightfitError
 from tightfit.terms.machine import Machine
 from tightfit.terms.plan import Plan
@@ -30,6 +32,31 @@ Say = Callable[[str], None]
 
 _PROMPT = "The sea was calm that morning, and nobody on the shore could have said why."
 _DISK_FILE_BYTES = 512 * MIB
+_IMPORTING = """
+import torch, transformers.generation, tightfit.verbs
+from tightfit.runtime.process import resident
+before = resident().total
+import bitsandbytes
+print(resident().total - before)
+"""
+"""Prints what bitsandbytes takes beside what every run has loaded."""
+
+_ROUTING = """
+import torch
+from torch.nn.functional import linear
+from tightfit.runtime.process import keep_heap_tight, resident
+keep_heap_tight()
+draw = torch.Generator().manual_seed(0)
+tokens, experts = torch.randn(8192, 512, dtype=torch.bfloat16), torch.randn(16, 768, 512, dtype=torch.bfloat16)
+for rows in (8192, 1):
+    linear(tokens[:rows], experts[0])
+before = resident().total
+for _ in range(100):
+    ends = torch.bincount(torch.randint(16, (8192,), generator=draw), minlength=16).cumsum(0).to(torch.int32)
+    torch._grouped_mm(torch._grouped_mm(tokens, experts.transpose(1, 2), offs=ends), experts, offs=ends)
+print(resident().total - before)
+"""
+"""Prints what products of ever new sizes keep, as in the experts of a hundred layers, beside those of a plain model."""
 
 
 def probe(say: Say = lambda line: None) -> Machine:
@@ -48,9 +75,13 @@ def probe(say: Say = lambda line: None) -> Machine:
     say("quantization")
     machine = replace(machine, encode_bandwidth=_encode_bandwidth())
     say("the process's own memory")
-    machine = replace(machine, overhead_ram=min(_overhead([]) for _ in range(2)))  # a first run may still compile Python files
-    with_bitsandbytes = _overhead(["nf4"])
-    machine = replace(machine, overhead_bitsandbytes=max(0, with_bitsandbytes - machine.overhead_ram))
+    plain = _overhead([])
+    machine = replace(
+        machine,
+        overhead_ram=plain,
+        overhead_bitsandbytes=_library_bytes(_overhead(["nf4"]) - plain),
+        overhead_routing=max(0, int(_child(["-c", _ROUTING]))),
+    )
     machine.save()
     return machine
 
@@ -84,18 +115,20 @@ def _bandwidth(device: str) -> float:
 
 
 def _encode_bandwidth() -> dict[str, float]:
-    """Dense bytes per second that each quantization takes in, on a model of a few linear layers."""
+    """Dense bytes per second that each quantization takes in, on a model of a few linear layers: what loading takes longer with it."""
     skeleton = describe("tightfit-demo")
-    rates = {}
-    for name, kind in catalog.techniques().items():
-        if kind.stage == Stage.QUANTIZE:
-            plan = Plan.all_resident(skeleton.name, Workload(), len(skeleton.block_bytes()), {name: {}})
-            seconds = []
-            for _ in range(2):
-                with build(plan, skeleton) as built:
-                    seconds.append(built.load_seconds)
-            rates[name] = skeleton.weight_bytes() / min(seconds)
-    return rates
+
+    def load_seconds(techniques: dict[str, dict[str, Any]]) -> float:
+        plan = Plan.all_resident(skeleton.name, Workload(), len(skeleton.block_bytes()), techniques)
+        seconds = []
+        for _ in range(3):
+            with build(plan, skeleton) as built:
+                seconds.append(built.load_seconds)
+        return min(seconds)
+
+    plain = load_seconds({})
+    names = [name for name, kind in catalog.techniques().items() if kind.stage == Stage.QUANTIZE]
+    return {name: skeleton.weight_bytes() / max(load_seconds({name: {}}) - plain, 1e-6) for name in names}
 
 
 def _operation_seconds() -> float:
@@ -104,14 +137,20 @@ def _operation_seconds() -> float:
 
 
 def disk_bandwidth(folder: Path, size: int = _DISK_FILE_BYTES) -> float:
-    """Bytes per second of cold direct reads of a fresh file in `folder`, in the pieces and threads that streaming uses."""
-    with tempfile.NamedTemporaryFile(dir=folder, prefix="tightfit-", suffix=".probe") as file:
-        block = os.urandom(MIB) * 8
-        for _ in range(size // len(block)):
-            file.write(block)
-        file.flush()
-        os.fsync(file.fileno())
-        return read_bandwidth(Path(file.name))
+    """Bytes per second of cold direct reads of a fresh file in `folder`, in the pieces and threads that streaming uses.
+
+    Raises `TightfitError` when the folder is not there, or has no room for `size` bytes.
+    """
+    try:
+        with tempfile.NamedTemporaryFile(dir=folder, prefix="tightfit-", suffix=".probe") as file:
+            block = os.urandom(MIB) * 8
+            for _ in range(size // len(block)):
+                file.write(block)
+            file.flush()
+            os.fsync(file.fileno())
+            return read_bandwidth(Path(file.name))
+    except OSError as fault:
+        raise folder_fault(folder, fault) from fault
 
 
 def read_bandwidth(file: Path, limit: int = 1 << 62) -> float:
@@ -146,12 +185,27 @@ def _gpu_overhead() -> int:
 
 
 def _overhead(techniques: list[str]) -> int:
-    """The peak of a fresh `tightfit run` of the demo model, planning included, less the tensors it held."""
+    """The peak of a fresh `tightfit run` of the demo model, planning included, less the tensors it held. The lesser of two runs."""
     chosen = [word for name in techniques for word in ("--technique", name)]
     words = ["run", "tightfit-demo", "--prompt", _PROMPT, "--max-new-tokens", "16", "--ram", "64GiB", "--json", *chosen]
-    answer = subprocess.run([sys.executable, "-m", "tightfit", *words], capture_output=True, text=True, check=False)
+    reports = [json.loads(_child(["-m", "tightfit", *words])) for _ in range(2)]  # a first run may still compile Python files
+    return min(max(report["process"]["load_peak"], report["process"]["run_peak"]) - report["measured_peak_bytes"] for report in reports)
+
+
+def _library_bytes(difference: int) -> int:
+    """What bitsandbytes adds to a run: the `difference` of two runs, unless the one without it had loaded it too."""
+    return difference if difference >= MIB else int(_child(["-c", _IMPORTING]))
+
+
+def _child(words: list[str]) -> str:
+    """What a fresh Python says, which knows nothing of an earlier probe: its file may be damaged, and that is why one probes again."""
+    with tempfile.TemporaryDirectory(prefix="tightfit-") as home:
+        answer = subprocess.run(
+            [sys.executable, *words], capture_output=True, text=True, check=False, env=os.environ | {"TIGHTFIT_HOME": home}
+        )
     if answer.returncode:
-        last = (answer.stderr.strip().splitlines() or ["no message"])[0]
-        raise TightfitError(f"the probe's trial run failed: {last}")
-    report = json.loads(answer.stdout)
-    return max(report["process"]["load_peak"], report["process"]["run_peak"]) - report["measured_peak_bytes"]
+        first = (answer.stderr.strip().splitlines() or ["no message"])[0]
+        raise TightfitError(
+            f"the probe's trial run failed: {first}", hint="`tightfit run tightfit-demo` is the same run; mend what it complains of"
+        )
+    return answer.stdout

@@ -14,6 +14,10 @@ _STATUS = Path("/proc/self/status")
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # <malloc.h>
 
 
+KERNELS = 64
+"""Shapes of products whose kernels are kept: more than a step of any dense model has."""
+
+
 @dataclass(frozen=True)
 class Resident:
     """Bytes of RAM: all, the process's own (`anonymous`), mapped files such as libraries (`file`), and the highest ever (`peak`)."""
@@ -45,10 +49,12 @@ def reset_peak() -> None:
 
 
 def keep_heap_tight(threshold: int = 256 << 10) -> None:
-    """Let glibc give every block above `threshold` bytes back to the kernel as soon as it is freed.
+    """Let glibc give every block above `threshold` bytes back to the kernel as soon as it is freed, and oneDNN keep few kernels.
 
-    By itself it raises the threshold to 32 MiB at the first large free, and then keeps what a budget has no room for.
+    By itself glibc raises the threshold to 32 MiB at the first large free, and then keeps what a budget has no room for. oneDNN keeps
+    half a MiB for each of 1,024 shapes of products, and an expert's product has a new shape whenever it gets another number of tokens.
     """
+    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", str(KERNELS))  # read at the first product
     library = ctypes.CDLL(ctypes.util.find_library("c"), use_errno=True)
     if _has(library, "mallopt"):
         library.mallopt(_M_MMAP_THRESHOLD, threshold)

@@ -2,12 +2,13 @@
 
 import os
 import tempfile
+from pathlib import Path
 from typing import BinaryIO
 
 from torch import nn
 
 from tightfit.formats.image import BlockImage, file_fault, write_image
-from tightfit.terms.budget import spill_folder
+from tightfit.terms.disk import spill_folder
 from tightfit.terms.errors import TightfitError
 
 
@@ -17,6 +18,7 @@ class Spill:
     def __init__(self) -> None:
         self.end = 0
         self._file: BinaryIO | None = None
+        self._folder = Path()
 
     def __enter__(self) -> "Spill":
         return self
@@ -31,7 +33,7 @@ class Spill:
         try:
             written = write_image(block, image, self._file, self.end)
         except TightfitError as error:  # the file has no name, so the folder is told
-            raise TightfitError(str(error).replace(self._file.name, str(spill_folder())), hint=error.hint) from error
+            raise TightfitError(str(error).replace(self._file.name, str(self._folder)), hint=error.hint) from error
         self.end += written.segments[0].length
         return written
 
@@ -42,10 +44,15 @@ class Spill:
             self._file = None
 
     def _open(self) -> BinaryIO:
+        self._folder = spill_folder()
         try:
-            descriptor, name = tempfile.mkstemp(prefix="tightfit-", suffix=".spill", dir=spill_folder())
+            descriptor, name = tempfile.mkstemp(prefix="tightfit-", suffix=".spill", dir=self._folder)
         except OSError as fault:
-            error = file_fault("written", str(spill_folder()), fault)
-            raise TightfitError(str(error), hint="name another folder with `TIGHTFIT_SPILL`") from fault
+            raise folder_fault(self._folder, fault) from fault
         os.unlink(name)
         return open(f"/proc/self/fd/{descriptor}", "r+b", opener=lambda *_: descriptor)  # readers open it by this path
+
+
+def folder_fault(folder: Path, fault: OSError) -> TightfitError:
+    """The line for a person when the spill folder cannot be written."""
+    return TightfitError(str(file_fault("written", str(folder), fault)), hint="name another folder with `TIGHTFIT_SPILL`")

@@ -7,7 +7,7 @@ the model's files. One forward pass at a time: two at once would take the weight
 
 import weakref
 from bisect import bisect_left, bisect_right
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from queue import SimpleQueue
@@ -87,6 +87,12 @@ class _Slot:
         """Bytes that came so far for this or a dropped block."""
         ended = [future for future in self.arriving if future.done() and not future.cancelled() and not future.exception()]
         return sum(future.result()[0] for future in ended)
+
+    def ask(self, readers: Readers, deed: Callable[..., Any], *arguments: Any) -> None:
+        """Let a reader bring bytes here. Noted before it is asked: nobody would wait for a piece that an interrupt hides."""
+        future: Future[Any] = Future()
+        self.arriving.append(future)
+        readers.fulfil(future, deed, *arguments)
 
     def drop(self) -> None:
         """Give up what has not begun to arrive. One piece per reader may still come."""
@@ -182,9 +188,10 @@ class Stream:
         """The block that ran gives its weights up; they stay in their slot until another block needs it."""
         if self._running is None:
             return
-        unbind(self._blocks[self._running], self._layouts[self._running], self._device)
-        self._slot_of(self._running).used = self._link.mark()
-        self._running = None
+        position = self._running
+        self._slot_of(position).used = self._link.mark()
+        self._running = None  # before its weights go, so that a block that an interrupt leaves empty is never taken for one that runs
+        unbind(self._blocks[position], self._layouts[position], self._device)
 
     def _fetch_all(self, wanted: list[int]) -> None:
         """Let these blocks arrive, in this order, and nothing else: wrong guesses would only hold them up."""
@@ -197,20 +204,21 @@ class Stream:
 
     def _fetch(self, position: int, slot: _Slot) -> None:
         """Let the block arrive in `slot`, once nobody else writes there."""
+        slot.position = None
         slot.settle()
         self._moved_bytes += slot.landed_bytes()
-        slot.position, slot.arriving = position, []
+        slot.arriving = []
         self._reads += 1
         image, layout = self._images[position], self._layouts[position]
         if position in self._sources:
-            slot.arriving.append(self._readers.ask(copy_source, self._sources[position], slot.flat, self._link, slot.used))
-            return
-        for piece in pieces(image, layout, self.PIECE_BYTES):
-            if layout is image:
-                reading = self._readers.ask(read_in_place, self._files, piece, slot.flat)
-            else:
-                reading = self._readers.ask(read_staged, self._files, piece, slot.flat, self._free_buffers, self._link, slot.used)
-            slot.arriving.append(reading)
+            slot.ask(self._readers, copy_source, self._sources[position], slot.flat, self._link, slot.used)
+        else:
+            for piece in pieces(image, layout, self.PIECE_BYTES):
+                if layout is image:
+                    slot.ask(self._readers, read_in_place, self._files, piece, slot.flat)
+                else:
+                    slot.ask(self._readers, read_staged, self._files, piece, slot.flat, self._free_buffers, self._link, slot.used)
+        slot.position = position  # last: what an interrupt leaves half asked for is nobody's, and dropped before the slot is filled again
 
     def _arrived(self, position: int) -> _Slot:
         """The slot of the block, when all of it has come."""

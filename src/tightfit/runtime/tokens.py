@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tightfit.describe.lengths import check_lengths
 from tightfit.describe.skeleton import Skeleton
 from tightfit.terms.errors import TightfitError
 
@@ -40,7 +41,8 @@ def load_tokenizer(skeleton: Skeleton) -> Any:
 def encode(skeleton: Skeleton, text: str, chat: bool = False, new_tokens: int = 0) -> Prompt:
     """The prompt as token ids. Without a tokenizer (a preset with random weights) each word becomes one arbitrary id.
 
-    Raises `TightfitError` for an empty prompt, a chat without a template, and a prompt that leaves no room for `new_tokens`.
+    Raises `TightfitError` for an empty prompt, a chat without a template, and a prompt that leaves no room for `new_tokens`;
+    a negative number of them lets a text of any length pass, which is then read window by window.
     """
     if not text:
         raise TightfitError("the prompt is empty", hint='give some text: `--prompt "Once upon a time"`')
@@ -59,20 +61,9 @@ def encode(skeleton: Skeleton, text: str, chat: bool = False, new_tokens: int = 
         ids = tokenizer(text, return_tensors="pt")["input_ids"]
     if ids.shape[1] == 0:
         raise TightfitError("the prompt has no token", hint='give some text: `--prompt "Once upon a time"`')
-    refuse_overlong(ids.shape[1], new_tokens, config)
+    if new_tokens >= 0:
+        check_lengths(skeleton.config, ids.shape[1], new_tokens)
     return Prompt(ids, tokenizer)
-
-
-def refuse_overlong(prompt: int, new_tokens: int, config: Any) -> None:
-    """Raise when prompt and new tokens together are more than the model's positions."""
-    positions = config.to_dict().get("max_position_embeddings") or config.to_dict().get("n_positions")
-    if positions and prompt + new_tokens > positions:
-        raise TightfitError(
-            f"the prompt has {prompt} tokens, and {new_tokens} new ones make {prompt + new_tokens}; the model has {positions} positions",
-            hint=f"shorten the prompt, or ask for `--max-new-tokens {max(1, positions - prompt)}`"
-            if prompt < positions
-            else "shorten the prompt",
-        )
 
 
 def hash_of(word: str) -> int:

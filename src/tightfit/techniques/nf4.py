@@ -63,9 +63,10 @@ class NF4:
 
 def _layout(asked: str, device: str = "") -> str:
     """`auto` is `packed` where this machine has no GPU and its CPU has the fused kernel. A plan for elsewhere names the layout."""
-    from tightfit.formats.nf4 import has_packed_kernel
-
     if asked != "auto":
         return asked
-    on_gpu = device == "cuda" if device else torch.cuda.is_available()
-    return "packed" if has_packed_kernel() and not on_gpu else "standard"
+    if device == "cuda" or (not device and torch.cuda.is_available()):
+        return "standard"
+    from tightfit.formats.nf4 import has_packed_kernel  # here, since bitsandbytes takes 40 MiB
+
+    return "packed" if has_packed_kernel() else "standard"

@@ -6,10 +6,11 @@ import subprocess
 from dataclasses import dataclass
 from pathlib import Path
 
-from tightfit.terms.errors import TightfitError
+from tightfit.terms.disk import free_disk
 from tightfit.terms.units import parse_size
 
-_CGROUP_LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
+_CGROUPS = Path("/sys/fs/cgroup")
+_PROC = Path("/proc")
 
 
 @dataclass(frozen=True)
@@ -33,7 +34,7 @@ class Budget:
     @classmethod
     def here(cls) -> "Budget":
         """What this machine has free now: RAM (a container's limit included), GPU memory, disk under the spill folder."""
-        return cls(ram=_free_ram(), gpu=_free_gpu(), disk=_free_disk())
+        return cls(ram=_free_ram(), gpu=_free_gpu(), disk=free_disk())
 
     @property
     def compute_tier(self) -> str:
@@ -45,30 +46,60 @@ class Budget:
         return {"gpu": self.gpu, "ram": self.ram, "disk": self.disk}[tier]
 
 
-def spill_folder() -> Path:
-    """Where quantized or converted blocks rest on disk while they do not fit in memory: `TIGHTFIT_SPILL`, else the temporary folder."""
-    return Path(os.environ.get("TIGHTFIT_SPILL") or os.environ.get("TMPDIR") or "/tmp")
-
-
 def _free_ram() -> int:
-    info = Path("/proc/meminfo").read_text() if os.path.exists("/proc/meminfo") else ""
-    lines = dict(line.split(":", 1) for line in info.splitlines())
-    free = (
-        int(lines["MemAvailable"].split()[0]) * 1024
-        if "MemAvailable" in lines
-        else os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    )
-    limits = [Path(path).read_text().strip() for path in _CGROUP_LIMITS if os.path.exists(path)]
-    return min([free, *(int(limit) for limit in limits if limit.isdigit())])
+    info = _numbers(_PROC / "meminfo")
+    free = info["MemAvailable"] * 1024 if "MemAvailable" in info else os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return max(0, min([free, *_cgroup_rooms()]))
 
 
-def _free_disk() -> int:
+def _cgroup_rooms() -> list[int]:
+    """Bytes that each memory group around this process leaves to it: the limit, less what the others in the group hold for good."""
+    rooms = []
+    for group, limit_name, usage_name in _groups():
+        limit, usage, kinds = _text(group / limit_name).strip(), _text(group / usage_name).strip(), _numbers(group / "memory.stat")
+        if limit.isdigit():
+            files = sum(kinds.get(f"total_{name}", kinds.get(name, 0)) for name in ("inactive_file", "active_file"))
+            rooms.append(int(limit) - max(0, int(usage or 0) - files - _own_bytes()))
+    return rooms
+
+
+def _groups() -> list[tuple[Path, str, str]]:
+    """The memory groups that this process is in, innermost first, with the names of their files for limit and use.
+
+    A container may see its own group as the root and still be told the path outside, so folders that are not there are passed over.
+    """
+    found = []
+    for line in _text(_PROC / "self/cgroup").splitlines():
+        number, controllers, path = line.split(":", 2)
+        if number == "0":
+            root, names = _CGROUPS, ("memory.max", "memory.current")
+        elif "memory" in controllers.split(","):
+            root, names = _CGROUPS / "memory", ("memory.limit_in_bytes", "memory.usage_in_bytes")
+        else:
+            continue
+        inner = root / path.strip("/")
+        found += [(group, *names) for group in (inner, *inner.parents) if group == root or root in group.parents]
+    return found
+
+
+def _own_bytes() -> int:
+    """What this process holds itself; mapped files are left out, since a group counts them among its files."""
+    status = _numbers(_PROC / "self/status")
+    return 1024 * (status.get("RssAnon", 0) + status.get("RssShmem", 0))
+
+
+def _numbers(file: Path) -> dict[str, int]:
+    """The first number after each name in a file of lines such as `name 5` or `name: 5 kB`."""
+    rows = [line.replace(":", " ", 1).split() for line in _text(file).splitlines()]
+    return {row[0]: int(row[1]) for row in rows if len(row) > 1 and row[1].isdigit()}
+
+
+def _text(file: Path) -> str:
+    """What the kernel says in `file`; nothing where there is none."""
     try:
-        return shutil.disk_usage(spill_folder()).free
-    except OSError as error:
-        raise TightfitError(
-            f"the spill folder `{spill_folder()}` cannot be used: {error.strerror}", hint="name another one with `TIGHTFIT_SPILL`"
-        ) from error
+        return file.read_text()
+    except OSError:
+        return ""
 
 
 def _free_gpu() -> int:

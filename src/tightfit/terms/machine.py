@@ -29,6 +29,7 @@ class Machine:
     overhead_ram: int = 500 * MIB  # interpreter, torch, transformers, tokenizer, scratch of kernels
     overhead_gpu: int = 600 * MIB  # CUDA context and libraries
     overhead_bitsandbytes: int = 60 * MIB  # its library, once a technique loads it
+    overhead_routing: int = 128 * MIB  # kernels and scratch for ever new numbers of tokens, where experts are chosen
     allocator_slack: float = 0.02  # share of the tensors' bytes lost to rounding and fragmentation
     version: str = ""
 
@@ -72,11 +73,14 @@ class Machine:
         """How long the techniques among `names` that were probed take to encode `dense_bytes`."""
         return sum(dense_bytes / self.encode_bandwidth[name] for name in names if name in self.encode_bandwidth)
 
-    def overhead(self, tier: str, tensor_bytes: int, libraries: frozenset[str] = frozenset()) -> int:
-        """Bytes of `tier` that no tensor shows, for a run whose tensors hold `tensor_bytes` there."""
+    def overhead(self, tier: str, tensor_bytes: int, extras: frozenset[str] = frozenset()) -> int:
+        """Bytes of `tier` that no tensor shows, for a run whose tensors hold `tensor_bytes` there.
+
+        `extras` are what not every run has: the library `bitsandbytes`, and `routing` to experts.
+        """
         fixed = self.overhead_gpu if tier == "gpu" else self.overhead_ram
-        if tier == "ram" and "bitsandbytes" in libraries:
-            fixed += self.overhead_bitsandbytes
+        if tier == "ram":
+            fixed += self.overhead_bitsandbytes * ("bitsandbytes" in extras) + self.overhead_routing * ("routing" in extras)
         return fixed + int(self.allocator_slack * tensor_bytes)
 
 

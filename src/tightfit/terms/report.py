@@ -19,9 +19,10 @@ class Report:
 
     - `measured`: the compute tier's bytes by kind at the peak of the passes that were metered (tensors, no overhead);
     - `process`: the whole process by the kernel's count: `load_peak`, `run_peak`, `anonymous`, `file`, bytes;
-    - `gpu`: `allocated` and `reserved` peaks of torch's allocator, bytes; empty without a GPU;
+    - `gpu`: `allocated` and `reserved` peaks of torch's allocator, and `load_reserved` while loading, bytes; empty without a GPU;
     - `seconds`: `load`, `first_token`, `per_token` (median), `whole`, and `waited` for weights that were not there yet;
-    - `moved_bytes`: what streaming moved; `tokens`: how many were written; `complete`: whether the whole planned workload ran.
+    - `moved_bytes`: what streaming moved; `tokens`: how many were written; `complete`: whether the whole planned workload ran;
+    - `notes`: which kernels the quantized layers multiply with, so that a slow path is never a silent one.
     """
 
     plan: Plan
@@ -33,6 +34,7 @@ class Report:
     tokens: int = 0
     complete: bool = True
     text: str = ""
+    notes: tuple[str, ...] = ()
 
     @property
     def measured_bytes(self) -> int:
@@ -50,10 +52,12 @@ class Report:
         found = []
         if self.deviation > TOLERANCE or (self.complete and self.deviation < -TOLERANCE):
             found.append(f"the peak was {self.deviation:+.1%} off the plan; please report this as a bug")
-        if self.process.get("run_peak", 0) > self.plan.budget.ram:
-            found.append("the process went over its RAM budget; run `tightfit probe`, then plan again")
-        if self.gpu.get("reserved", 0) > self.plan.budget.gpu > 0:
-            found.append("the GPU allocator reserved more than the budget")
+        peaks = {"loading": self.process.get("load_peak", 0), "running": self.process.get("run_peak", 0)}
+        over = [doing for doing, peak in peaks.items() if peak > self.plan.budget.ram]
+        if over:
+            found.append(f"the process went over its RAM budget while {' and '.join(over)}; run `tightfit probe`, then plan again")
+        if max(self.gpu.values(), default=0) > self.plan.budget.gpu > 0:
+            found.append("the GPU allocator took more than the budget")
         return tuple(found)
 
     def to_json(self) -> dict[str, Any]:

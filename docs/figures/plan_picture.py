@@ -25,7 +25,7 @@ def draw(file: Path) -> None:
     """Memory phase by phase above, where each block rests below."""
     work = tightfit.Workload(batch=BATCH, tokens=TOKENS, new_tokens=NEW_TOKENS)
     budget = tightfit.Budget.parse(gpu="24GiB", ram="64GiB", disk="100GiB")
-    plan = tightfit.plan(MODEL, work, budget, quality="near", machine=Machine(), alternatives=False)
+    plan = tightfit.plan(MODEL, work, budget, quality="near", machine=Machine())
     figure, (above, below) = plt.subplots(2, 1, figsize=(9, 5.6), height_ratios=[5, 1], layout="constrained")
     _phases(above, plan)
     _blocks(below, plan)

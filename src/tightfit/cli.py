@@ -63,7 +63,7 @@ def plan_command(
     from tightfit import verbs
 
     with talk.status(f"rehearsing {escape(model)}"):
-        planned = verbs.plan(model, workload, Budget.parse(gpu, ram, disk), quality, technique or (), random_weights)  # type: ignore[arg-type]
+        planned = verbs.plan(model, workload, Budget.parse(gpu, ram, disk), quality, technique or (), random_weights, alternatives=True)
     emit(planned.to_json(), as_json) or _show().show_plan(planned, out)
     if save:
         write(save, planned.to_json())

@@ -38,7 +38,7 @@ def demo(out: Console) -> dict[str, Any]:
         f"`{MODEL}` weighs {show_bytes(skeleton.weight_bytes())}. Python and its libraries hold {show_bytes(held)} already, and keep "
         f"{show_bytes(SPARE)} for themselves; the model gets {show_bytes(ROOM)}."
     )
-    plan = verbs.plan(MODEL, Workload(tokens=16, new_tokens=80), budget, machine=machine, alternatives=False)
+    plan = verbs.plan(MODEL, Workload(tokens=16, new_tokens=80), budget, machine=machine)
     show.show_plan(plan, out)
     out.rule("2  the text, while its blocks stream from disk")
 
@@ -52,7 +52,9 @@ def demo(out: Console) -> dict[str, Any]:
     out.rule("3  the report, held against the plan")
     show.show_report(report, out)
     out.rule("4  the plan of a 70B model on a 24 GiB card, without its weights")
-    planned = verbs.plan("llama-2-70b", Workload(tokens=512, new_tokens=128), Budget(gpu=24 * GIB, ram=64 * GIB, disk=0), quality="near")
+    planned = verbs.plan(
+        "llama-2-70b", Workload(tokens=512, new_tokens=128), Budget(gpu=24 * GIB, ram=64 * GIB, disk=0), quality="near", alternatives=True
+    )
     show.show_plan(planned, out)
     return {"report": report.to_json(), "plan_70b": planned.to_json()}
 
@@ -63,4 +65,4 @@ def warm_up() -> None:
     from tightfit.runtime.generate import Sampling
 
     budget = Budget(ram=Budget.here().ram)  # on the CPU, as the demo
-    verbs.run(verbs.plan(MODEL, Workload(tokens=16, new_tokens=8), budget, alternatives=False), PROMPT, Sampling(temperature=0.7))
+    verbs.run(verbs.plan(MODEL, Workload(tokens=16, new_tokens=8), budget), PROMPT, Sampling(temperature=0.7))

@@ -41,17 +41,18 @@ def plan(
     techniques: Asked = (),
     random_weights: bool = False,
     machine: Machine | None = None,
-    alternatives: bool = True,
+    alternatives: bool = False,
 ) -> Plan:
     """Say beforehand what will happen: the fastest way to do `workload` inside `budget`, its bytes by tier and kind, and its pace.
 
-    No weight is read. With `alternatives` the plan also says what other qualities would give. Raises
-    `DoesNotFit` when nothing stays inside the budget, and `TightfitError` for faults of the input.
+    No weight is read. With `alternatives` the plan also says what other qualities would give; trying them loads their libraries into
+    this process, so leave it out where the plan is run at once. Raises `DoesNotFit` when nothing stays inside the budget, and
+    `TightfitError` for faults of the input.
     """
     workload, budget = workload or Workload(), budget or Budget.here()
     if quality not in QUALITIES:
         raise TightfitError(f"no quality is called `{quality}`", hint=near(quality, QUALITIES))
-    skeleton = model if isinstance(model, Skeleton) else describe(model, workload.task, random_weights=random_weights)
+    skeleton = model if isinstance(model, Skeleton) else describe(model, workload.task, random_weights, fetch=False)
     check_lengths(skeleton.config, workload.tokens, workload.new_tokens if workload.task == "generate" else 0)
     request = Request(skeleton, workload, budget, quality, _settings(techniques), random_weights, alternatives)
     return choose(request, machine or Machine.here(), catalog.techniques())
@@ -68,12 +69,12 @@ def plan_prompt(
     chat: bool = False,
 ) -> Plan:
     """The plan for writing `new_tokens` after exactly this prompt, for `run`. Raises as `plan` does, and for a shape without weights."""
-    skeleton = describe(model, random_weights=random_weights)
+    skeleton = describe(model, random_weights=random_weights, fetch=False)
     if not random_weights:
         refuse_weightless(skeleton)
     tokens = encode(skeleton, prompt, chat, new_tokens).length
     workload = Workload("generate", 1, tokens, new_tokens)
-    return plan(skeleton, workload, budget, quality, techniques, random_weights, alternatives=False)
+    return plan(skeleton, workload, budget, quality, techniques, random_weights)
 
 
 def plan_text(
@@ -84,9 +85,9 @@ def plan_text(
     techniques: Asked = (),
 ) -> Plan:
     """The plan for scoring a text in windows of `window` tokens, for `evaluate`; by default 512, or what the model has positions for."""
-    skeleton = describe(model)
+    skeleton = describe(model, fetch=False)
     tokens = window or min(WINDOW, positions_of(skeleton.config) or WINDOW)
-    return plan(skeleton, Workload("embed", 1, tokens), budget, quality, techniques, alternatives=False)
+    return plan(skeleton, Workload("embed", 1, tokens), budget, quality, techniques)
 
 
 def run(

@@ -26,6 +26,7 @@ _DTYPES = {
     "F8_E4M3": torch.float8_e4m3fn,
     "F8_E5M2": torch.float8_e5m2,
 }
+INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 _LARGEST_HEADER = 100_000_000
 """Bytes; the limit that the safetensors library sets itself."""
 
@@ -44,8 +45,7 @@ def read_checkpoint(folder: Path) -> dict[str, TensorRecord]:
 
     Raises `TightfitError` for a missing or truncated shard, an index that names a missing tensor, or no weights at all.
     """
-    index = folder / "model.safetensors.index.json"
-    single = folder / "model.safetensors"
+    index, single = folder / INDEX, folder / SINGLE
     if index.exists() or single.exists():
         records = _read_sharded(folder, index) if index.exists() else read_header(single)
         if not records:
@@ -79,17 +79,25 @@ def read_header(file: Path) -> dict[str, TensorRecord]:
 
 
 def _record(file: Path, name: str, entry: "_Entry", start: int, size: int) -> TensorRecord:
-    dtype, shape = _DTYPES.get(entry.dtype), entry.shape
-    if dtype is None:
-        raise TightfitError(f"`{name}` in `{file}` has the unknown dtype {entry.dtype}")
-    begin, end = entry.data_offsets
-    if not 0 <= begin <= end or min(shape, default=0) < 0:
-        raise ValueError(f"`{name}` has {entry}")
-    if start + end > size:
+    record = record_of(file, name, entry.dtype, entry.shape, entry.data_offsets, start)
+    end = record.offset + record.nbytes
+    if end > size:
         raise TightfitError(
-            f"`{file}` is truncated: `{name}` ends at byte {start + end}, the file at {size}",
-            hint="fetch the file again; nothing was loaded",
+            f"`{file}` is truncated: `{name}` ends at byte {end}, the file at {size}", hint="fetch the file again; nothing was loaded"
         )
+    return record
+
+
+def record_of(
+    file: Path, name: str, stored_dtype: str, shape: tuple[int, ...], data_offsets: tuple[int, ...], start: int = 0
+) -> TensorRecord:
+    """The record of what a header says of one tensor; its offsets count from `start`. Raises for what cannot be."""
+    dtype = _DTYPES.get(stored_dtype)
+    if dtype is None:
+        raise TightfitError(f"`{name}` in `{file}` has the unknown dtype {stored_dtype}", hint="take a copy of the model in 16 or 32 bits")
+    begin, end = data_offsets
+    if not 0 <= begin <= end or min(shape, default=0) < 0:
+        raise ValueError(f"`{name}` has shape {shape} at {data_offsets}")
     if torch.Size(shape).numel() * dtype.itemsize != end - begin:
         raise TightfitError(
             f"`{name}` in `{file}` has {end - begin} bytes, its shape {list(shape)} needs another number", hint="fetch the file again"

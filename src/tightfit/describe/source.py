@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from tightfit.describe.checkpoint import read_checkpoint
+from tightfit.describe.hub import hub_folder, read_hub
 from tightfit.describe.skeleton import Skeleton, match_origins, refuse_faults
 from tightfit.describe.ties import stored_apart, tied_heads, untie
 from tightfit.presets import presets
@@ -17,18 +18,21 @@ from tightfit.terms.errors import TightfitError, near
 from tightfit.terms.workload import Task
 
 
-def describe(source: str | nn.Module, task: Task = "generate", random_weights: bool = False) -> Skeleton:
+def describe(source: str | nn.Module, task: Task = "generate", random_weights: bool = False, fetch: bool = True) -> Skeleton:
     """Put a model on paper; reads configs and headers, never a weight (but two that the config ties, to see whether they are one).
 
     `source` is a folder, the name of a preset, a Hugging Face id (from the cache, or fetched unless `HF_HUB_OFFLINE` is set),
-    or a live module. With `random_weights` a missing checkpoint is no fault. Raises `TightfitError`.
+    or a live module. With `random_weights` a missing checkpoint is no fault. Without `fetch` a hub's weights stay there: their headers
+    are enough for a plan. Raises `TightfitError`.
     """
     if isinstance(source, nn.Module):
         return _live(source)
-    folder, file = _find(source)
+    folder, file, on_hub = _find(source, fetch and not random_weights)
     config, unties = _load_config(file)
     model_class = _model_class(config, task)
-    records = read_checkpoint(folder) if folder is not None and not random_weights else {}
+    records = {}
+    if folder is not None and not random_weights:
+        records = read_hub(source, folder) if on_hub else read_checkpoint(folder)
     skeleton = Skeleton(source, config, model_class, _stored_dtype(config, records), folder=str(folder or ""))
     if folder is None and not unties:
         return skeleton
@@ -54,42 +58,24 @@ def _live(module: nn.Module) -> Skeleton:
     return Skeleton(type(module).__name__, module.config, type(module), dtype, live=module)
 
 
-def _find(source: str) -> tuple[Path | None, Path]:
-    """The folder that holds the weights (none for a bare preset), and the file of the config."""
+def _find(source: str, weights: bool) -> tuple[Path | None, Path, bool]:
+    """The folder of the model (none for a bare preset), the file of its config, and whether it comes from the hub, with its `weights`."""
     try:
         path = Path(source).expanduser()
     except RuntimeError as error:
         raise TightfitError(f"no model is called `{source}`: there is no such user", hint="write the folder out") from error
     if path.is_dir():
-        return path, path / "config.json"
+        return path, path / "config.json", False
     known = presets()
     if source.lower() in known:
         found = known[source.lower()]
-        return (found, found / "config.json") if found.is_dir() else (None, found)
+        return (found, found / "config.json", False) if found.is_dir() else (None, found, False)
     if path.exists():
         raise TightfitError(f"`{source}` is a file", hint="name the folder that holds `config.json` and the weights")
     if source.count("/") == 1 and not source.startswith((".", "/", "~")):
-        folder = _from_hub(source)
-        return folder, folder / "config.json"
+        folder = hub_folder(source, weights)
+        return folder, folder / "config.json", True
     raise TightfitError(f"no model is called `{source}`: not a folder, a preset or a hub id", hint=near(source, known))
-
-
-def _from_hub(name: str) -> Path:
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled
-
-    wanted = ["*.json", "*.safetensors", "tokenizer*", "*.model", "*.jinja", "*.txt"]
-    try:
-        return Path(snapshot_download(name, allow_patterns=wanted))
-    except HFValidationError as error:
-        raise TightfitError(f"no model is called `{name}`: not a folder, a preset or a hub id", hint=near(name, presets())) from error
-    except (HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled, OSError) as error:
-        why = "the hub is switched off (`HF_HUB_OFFLINE`)" if isinstance(error, OfflineModeIsEnabled) else "the hub could not be asked"
-        if isinstance(error, HfHubHTTPError):
-            why = f"the hub answered {error.response.status_code}"
-        raise TightfitError(
-            f"`{name}` is not in the cache, and {why}", hint="check the name and the connection; presets (`tightfit list`) need none"
-        ) from error
 
 
 def _buildable(skeleton: Skeleton) -> nn.Module:

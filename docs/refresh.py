@@ -130,7 +130,7 @@ def shell(command: str, folder: Path, own_and: str = "") -> str:
     if own_and:
         from tightfit.terms.machine import Machine
 
-        machine = replace(Machine(), probed=True, overhead_ram=own_bytes(), allocator_slack=0.0)
+        machine = replace(Machine(), overhead_ram=own_bytes(), allocator_slack=0.0)  # its rates are guesses, and the plan says so
         home = folder / "home"
         home.mkdir(exist_ok=True)
         (home / "machine.json").write_text(json.dumps(asdict(machine)))

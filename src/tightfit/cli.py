@@ -299,7 +299,7 @@ def _run(planned: Plan, prompt: str, chat: bool, as_json: bool, **sampling: Any)
     with bar("loading", not as_json) as progress:
         report = verbs.run(planned, prompt, Sampling(**sampling), None if as_json else listen, progress, chat)
     if not as_json:
-        out.print("" if told else f"(no tokenizer, so no text: {report.tokens} token ids were written)")
+        out.print("" if told else f"(no tokenizer beside the weights: words stood for arbitrary ids, and {report.tokens} ids were written)")
     return report
 
 

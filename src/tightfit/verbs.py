@@ -121,8 +121,13 @@ def evaluate(planned: Plan, file: str, progress: Callable[[int, int], None] = la
     keep_heap_tight()
     skeleton = describe(planned.model, "generate", random_weights=planned.random_weights)
     text = read_text(file)
-    ids = encode(skeleton, text, new_tokens=-(1 << 62)).input_ids
+    encoded = encode(skeleton, text, new_tokens=-(1 << 62))
+    ids = encoded.input_ids
     check_scorable(skeleton.config, ids.shape[1], planned.workload.tokens)
+    if encoded.tokenizer is None:
+        raise TightfitError(
+            f"`{planned.model}` has no tokenizer, so a text cannot be scored", hint="put `tokenizer.json` beside the weights"
+        )
     with build(planned, skeleton) as built:
         return perplexity(built, ids, len(text.encode()), planned.workload.tokens, progress)
 

@@ -224,3 +224,15 @@ def test_a_library_that_trying_loads_is_counted_whatever_is_taken():
         for quality, asked in {"exact": {}, "near": {}, "small": {"int8": {}}}.items()
     }
     assert held == {"exact": 0, "near": 7_000_000, "small": 0}
+
+
+def test_slots_that_are_asked_for_are_taken_and_blocks_are_not():
+    cap = planned().predicted_bytes("ram") - 1
+    two, three = (planned(ram=cap, asked={"offload": {"slots": slots}}).techniques["offload"] for slots in (2, 3))
+    assert (two["slots"], three["slots"]) == (2, 3)
+    assert len(three["streamed"]) == len(two["streamed"]) + 1, "a slot takes the place of a block"
+    assert planned(asked={"offload": {}}).techniques == {}, "all of it fits"
+    for wrong, said in (({"streamed": (0,)}, "planner's to choose"), ({"slots": 1}, "at least 2")):
+        with pytest.raises(TightfitError, match=said) as caught:
+            planned(asked={"offload": wrong})
+        assert caught.value.hint

@@ -164,7 +164,7 @@ def test_a_block_without_a_ring_says_so():
         (Offload((0, 5, -1)), ["no block lies at 5, -1; positions go from 0 to 4"]),
         (Offload((1, 1)), ["names a block twice"]),
         (Offload((0,), slots=1), ["at least 2", "not 1"]),
-        (Offload((9,), slots=0, tier="tape"), ["no block lies at 9", "not 0", "`disk` or `ram`, not `tape`"]),
+        (Offload((9,), slots=0), ["no block lies at 9", "not 0"]),
     ],
 )
 def test_wrong_settings_are_all_told_and_nothing_is_changed(technique, lines):

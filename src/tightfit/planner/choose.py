@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
+from tightfit.contracts import Stage
 from tightfit.formats.codec import as_if_on
 from tightfit.formats.image import PIECE_BYTES, READERS
 from tightfit.planner.candidates import Candidate, allowed, candidates
@@ -24,8 +25,6 @@ from tightfit.terms.units import show_bytes
 
 Tried = tuple[Candidate, Footprint, Weights]
 
-SLOTS = 2
-"""One block computes while the next is read; a third slot only evens out a jittery disk, at the price of a resident block."""
 SLOT_SLACK = 16 * 1024
 """Bytes that a slot is larger than its block, so that reads may begin and end on disk pages."""
 
@@ -35,6 +34,7 @@ def choose(request: Request, machine: Machine, available: Mapping[str, type[Any]
 
     Raises `DoesNotFit` before any weight is read, with what is missing by kind and what would help.
     """
+    request = _moving_blocks(request, available)
     asked = request.asked
     found = candidates(request.workload, available, asked)
     wished = [candidate for candidate in found if allowed(candidate, request.quality, asked)]
@@ -50,6 +50,20 @@ def choose(request: Request, machine: Machine, available: Mapping[str, type[Any]
     best = min(choice, key=lambda outcome: outcome.pace.whole)
     turned_down = [_turned_down(outcome, best, request) for outcome in outcomes if outcome is not best]
     return _plan(request, best, machine, (*turned_down, *failures))
+
+
+def _moving_blocks(request: Request, available: Mapping[str, type[Any]]) -> Request:
+    """The request with what was asked of streaming as its own; whether and which blocks stream follows from the budget."""
+    moves = {name: settings for name, settings in request.asked.items() if name in available and available[name].stage == Stage.MOVE}
+    for name, settings in moves.items():
+        if "streamed" in settings:
+            raise TightfitError(
+                f"`{name}:streamed` is the planner's to choose", hint=f"leave it out, or edit `techniques.{name}.streamed` in a saved plan"
+            )
+        if (slots := settings.get("slots", request.slots)) < 2:
+            raise TightfitError(f"`{name}:slots` is at least 2, not {slots}", hint="one slot runs while another is filled")
+        request = replace(request, slots=slots)
+    return replace(request, asked={name: settings for name, settings in request.asked.items() if name not in moves})
 
 
 def _try_all(request: Request, found: list[Candidate]) -> tuple[list[Tried], list[TurnedDown]]:
@@ -92,17 +106,19 @@ def _outcome(request: Request, candidate: Candidate, footprint: Footprint, weigh
     }
     beside = max(total(parts) - parts.get("weights", 0) for parts in footprint.phases.values())
     streams = workload.task != "tune" or (candidate.recomputes() and weights.take_turns)
-    residency, lowest = _settle(weights, fast, room, beside, streams)
+    residency, lowest = _settle(weights, fast, room, request.slots, beside, streams)
     predicted = _predicted(request, footprint, weights, lowest, machine)
     needed = _needed(fast, predicted, weights, lowest, machine)
     expected = pace(footprint, weights, lowest, workload, budget, machine, candidate.names)
     return Outcome(candidate, footprint, weights, residency, predicted, needed, expected)
 
 
-def _settle(weights: Weights, fast: str, room: Mapping[str, int], beside: int, streams: bool) -> tuple[Residency | None, Residency]:
+def _settle(
+    weights: Weights, fast: str, room: Mapping[str, int], slots: int, beside: int, streams: bool
+) -> tuple[Residency | None, Residency]:
     """The residency inside `room`, if there is one; and it, or else that which asks least of the tiers that are too small."""
     staging = 0 if fast == "gpu" else weights.staging  # a GPU's readers have their buffers in RAM
-    sizes = (SLOTS, SLOT_SLACK, staging, beside, weights.load_scratch(fast))
+    sizes = (slots, SLOT_SLACK, staging, beside, weights.load_scratch(fast))
     residency = settle(weights.blocks, fast, room, *sizes)
     if not streams:
         residency = None if residency is None or residency.streamed else residency

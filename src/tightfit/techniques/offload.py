@@ -14,7 +14,7 @@ backward pass must find its weights: without it, autograd raises. Trainable para
 
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
 from torch import nn
 
@@ -38,9 +38,8 @@ class Offload:
     stage: ClassVar[Stage] = Stage.MOVE
     quality: ClassVar[Quality] = "exact"
 
-    streamed: tuple[int, ...] = ()  # each saves its weights on the compute tier, and is moved once per pass
+    streamed: tuple[int, ...] = ()  # the planner's choice; each saves its weights on the compute tier, and is moved once per pass
     slots: int = 2  # at least 2; each more hides one more block's transfer behind uneven work, + one block's weights
-    tier: Literal["disk", "ram"] = "disk"  # where they rest; `ram` is faster and takes their weights there
 
     def apply(self, model: nn.Module) -> None:
         """Wrap the streamed blocks' forward passes and leave the socket at `model.stream_socket`; works on any device, `meta` too.
@@ -64,7 +63,6 @@ class Offload:
             (count and wrong, f"no block lies at {', '.join(map(str, wrong))}; positions go from 0 to {count - 1}"),
             (len(set(self.streamed)) < len(self.streamed), "`offload:streamed` names a block twice"),
             (self.slots < 2, f"`offload:slots` is at least 2, one to run and one to fill, not {self.slots}"),
-            (self.tier not in ("disk", "ram"), f"`offload:tier` is `disk` or `ram`, not `{self.tier}`"),
         ]
         lines = [line for found, line in faults if found]
         if lines:

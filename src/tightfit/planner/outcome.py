@@ -24,8 +24,8 @@ class Request:
     quality: Quality = "exact"
     asked: Mapping[str, Settings] = field(default_factory=dict)
     random_weights: bool = False
-    slots: int = 2  # one block computes while the next is read; a third evens out a jittery disk, at the price of a resident block
     alternatives: bool = False  # also say what other qualities would give; costs their rehearsals
+    slots: int = 2  # one block computes while the next is read; a third evens out a jittery disk, at the price of a resident block
 
 
 @dataclass(frozen=True)

@@ -20,6 +20,7 @@ class Stage(IntEnum):
     ATTEND = 3
     MOVE = 4
     RECOMPUTE = 5
+    OBJECTIVE = 6
 
 
 @runtime_checkable
@@ -44,6 +45,15 @@ class Settles(Protocol):
 
     def settled(self, device: str) -> Transform:
         """The same technique for a run on `device` (`cpu` or `cuda`) of this machine, with nothing left open."""
+        ...
+
+
+@runtime_checkable
+class Initialises(Protocol):
+    """A technique that adds parameters which no checkpoint holds. On a live model `apply` gives them values itself."""
+
+    def initialise(self, model: "nn.Module") -> None:
+        """Give them their first values, once the weights of a model that was on `meta` are in place."""
         ...
 
 

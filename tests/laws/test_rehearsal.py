@@ -11,6 +11,7 @@ from transformers import AutoConfig
 
 import tightfit
 from tightfit import catalog
+from tightfit.contracts import Stage
 from tightfit.describe.blocks import block_lists, blocks_of
 from tightfit.describe.skeleton import meta_copy
 from tightfit.rehearse import rehearsal
@@ -20,6 +21,15 @@ from tightfit.rehearse.rehearsal import measure, rehearse, rehearse_whole
 from tightfit.terms.footprint import total
 from tightfit.terms.workload import Workload
 
+PAIRS = [
+    ["int8", "recompute"],
+    ["nf4", "recompute"],
+    ["chunked_loss:tokens=32"],
+    ["recompute", "chunked_loss:tokens=32"],
+    ["lora:rank=4"],
+    ["lora:rank=4", "int8"],
+    ["lora:rank=4", "nf4", "recompute", "chunked_loss:tokens=32"],
+]
 EMBED, TUNE, GENERATE = Workload("embed", 2, 128), Workload("tune", 2, 128), Workload("generate", 2, 96, 32)
 
 
@@ -66,7 +76,7 @@ def test_training_step(family: str) -> None:
 
 
 @pytest.mark.parametrize("family", CONFIGS)
-@pytest.mark.parametrize("technique", [name for name in catalog.technique_names() if name not in ("offload", "recompute")])
+@pytest.mark.parametrize("technique", [name for name, kind in catalog.techniques().items() if kind.stage == Stage.QUANTIZE])
 def test_quantized_pass(family: str, technique: str) -> None:
     rehearsed, measured = rehearsed_peak(family, EMBED, [technique]), measured_peak(family, EMBED, [technique])
     if "experts_per_tok" in str(CONFIGS[family]):  # how many tokens an expert gets is data, so the rehearsal takes the worst case
@@ -78,6 +88,12 @@ def test_quantized_pass(family: str, technique: str) -> None:
 @pytest.mark.parametrize("family", CONFIGS)
 def test_recomputed_step(family: str) -> None:
     assert rehearsed_peak(family, TUNE, ["recompute"]) == pytest.approx(measured_peak(family, TUNE, ["recompute"]), rel=0.01)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "bloom", "t5"])
+@pytest.mark.parametrize("techniques", PAIRS, ids="+".join)
+def test_pairs_of_techniques(family: str, techniques: list[str]) -> None:
+    assert rehearsed_peak(family, TUNE, techniques) == pytest.approx(measured_peak(family, TUNE, techniques), rel=0.01)
 
 
 _WIDTH = {"vocab_size": 96, "hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 16}

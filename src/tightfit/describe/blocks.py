@@ -29,6 +29,15 @@ def blocks_of(model: nn.Module) -> list[tuple[str, nn.Module]]:
     return [(f"{path}.{index}", block) for path, stack in block_lists(model) for index, block in enumerate(stack)]
 
 
+def adapted_name(model: nn.Module, name: str) -> str:
+    """Where the parameter that a checkpoint calls `name` lies in a model whose layers adapters wrap: PEFT's keep theirs as `base_layer`."""
+    parent, _, leaf = name.rpartition(".")
+    module = model.get_submodule(parent)
+    while "base_layer" in module._modules:
+        parent, module = f"{parent}.base_layer", module.base_layer
+    return f"{parent}.{leaf}" if parent else leaf
+
+
 def outside_blocks(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
     """Named parameters that belong to no block: embeddings, final norm, head. A tied parameter comes once."""
     inside = tuple(f"{path}." for path, _ in block_lists(model))

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 from tightfit.contracts import Absorbs, Transform
-from tightfit.describe.blocks import blocks_of
+from tightfit.describe.blocks import adapted_name, blocks_of
 from tightfit.describe.skeleton import Skeleton
 from tightfit.formats.experts import QuantizedExperts
 from tightfit.formats.image import PIECE_BYTES, READERS, BlockImage, image_in_files, staging_bytes
@@ -122,7 +122,7 @@ def _image(skeleton: Skeleton, names: list[str], beside: Mapping[str, int]) -> B
 def _encoded(model: nn.Module, dense: Mapping[str, nn.Parameter]) -> set[str]:
     """Dense parameters that a module keeps in a form of its own."""
     owners = {path for path, module in model.named_modules() if isinstance(module, Absorbs)}
-    return {name for name in dense if name.rpartition(".")[0] in owners}
+    return {name for name in dense if adapted_name(model, name).rpartition(".")[0] in owners}
 
 
 def _read_scratch(dense: Mapping[str, nn.Parameter], beside: Mapping[str, int], encoded: set[str]) -> int:
@@ -142,7 +142,10 @@ def _passing(parameter: nn.Parameter, beside: int) -> int:
 
 
 def _extras(model: nn.Module) -> frozenset[str]:
-    """The foreign libraries that quantized modules load, and `routing` where tokens choose experts."""
-    libraries = {module.codec.library for module in model.modules() if isinstance(module, QuantizedLinear | QuantizedExperts)} - {""}
-    routed = any(path.rpartition(".")[2] == "experts" for path, _ in model.named_modules())
-    return frozenset(libraries | ({"routing"} if routed else set()))
+    """The foreign libraries that quantized and adapted modules load, and `routing` where tokens choose experts."""
+    found = {module.codec.library for module in model.modules() if isinstance(module, QuantizedLinear | QuantizedExperts)} - {""}
+    if any(type(module).__module__.startswith("peft.") for module in model.modules()):
+        found.add("peft")
+    if any(path.rpartition(".")[2] == "experts" for path, _ in model.named_modules()):
+        found.add("routing")
+    return frozenset(found)

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from tightfit import catalog
-from tightfit.contracts import Absorbs
-from tightfit.describe.blocks import blocks_of
+from tightfit.contracts import Absorbs, Initialises
+from tightfit.describe.blocks import adapted_name, blocks_of
 from tightfit.describe.skeleton import Skeleton, persistent_buffers
 from tightfit.formats.image import BlockImage, copy_into, image_in_files, image_of, unbind
 from tightfit.runtime.link import pinned_empty
@@ -62,13 +62,17 @@ def build(plan: Plan, skeleton: Skeleton, progress: Progress = lambda done, whol
             hint="plan again: the model changed",
         )
     model.requires_grad_(plan.workload.task == "tune")
-    for technique in sorted((catalog.make(*item) for item in plan.techniques.items()), key=lambda technique: technique.stage):
+    techniques = sorted((catalog.make(*item) for item in plan.techniques.items()), key=lambda technique: technique.stage)
+    for technique in techniques:
         technique.apply(model)
     built = Built(model, skeleton, plan, device)
     try:
         if device.type == "cuda":
             _cap_allocator(plan)
         _fill(built, progress)
+        for technique in techniques:
+            if isinstance(technique, Initialises):
+                technique.initialise(model)
     except BaseException:
         built.close()
         raise
@@ -153,20 +157,21 @@ class _Source:
         plain = all(origin and origin.conversion is None and origin.records[0].dtype == dense[name].dtype for name, origin in found.items())
         if self.built.plan.random_weights or not plain or any(isinstance(module, Absorbs) for module in block.modules()):
             return None
-        image = image_in_files({name: origin.records[0] for name, origin in found.items() if origin})
+        image = image_in_files({adapted_name(block, name): origin.records[0] for name, origin in found.items() if origin})
         if image is not None:
             self.done += sum(_bytes(parameter) for parameter in dense.values())
         return image
 
     def _place(self, names: list[str], device: torch.device) -> None:
         dense = self.read(names[0]).to(device)
-        shared = nn.Parameter(dense, requires_grad=self.built.plan.workload.task == "tune")
+        shared = nn.Parameter(dense, requires_grad=False)
         for name in names:
-            parent, _, leaf = name.rpartition(".")
+            parent, _, leaf = adapted_name(self.built.model, name).rpartition(".")
             owner = self.built.model.get_submodule(parent)
             if isinstance(owner, Absorbs):
                 self._absorb(owner, name, leaf, dense)
             else:
+                shared.requires_grad_(shared.requires_grad or owner.get_parameter(leaf).requires_grad)
                 owner._parameters[leaf] = shared
         self.done += _bytes(dense)
 

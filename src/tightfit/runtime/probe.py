@@ -36,10 +36,10 @@ _IMPORTING = """
 import torch, transformers.generation, tightfit.verbs
 from tightfit.runtime.process import resident
 before = resident().total
-import bitsandbytes
+import {library}
 print(resident().total - before)
 """
-"""Prints what bitsandbytes takes beside what every run has loaded."""
+"""Prints what a library takes beside what every run has loaded."""
 
 _ROUTING = """
 import torch
@@ -80,6 +80,7 @@ def probe(say: Say = lambda line: None) -> Machine:
         machine,
         overhead_ram=plain,
         overhead_bitsandbytes=_library_bytes(_overhead(["nf4"]) - plain),
+        overhead_peft=int(_child(["-c", _IMPORTING.format(library="peft")])),
         overhead_routing=max(0, int(_child(["-c", _ROUTING]))),
     )
     machine.save()
@@ -194,7 +195,7 @@ def _overhead(techniques: list[str]) -> int:
 
 def _library_bytes(difference: int) -> int:
     """What bitsandbytes adds to a run: the `difference` of two runs, unless the one without it had loaded it too."""
-    return difference if difference >= MIB else int(_child(["-c", _IMPORTING]))
+    return difference if difference >= MIB else int(_child(["-c", _IMPORTING.format(library="bitsandbytes")]))
 
 
 def _child(words: list[str]) -> str:

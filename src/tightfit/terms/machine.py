@@ -29,6 +29,7 @@ class Machine:
     overhead_ram: int = 500 * MIB  # interpreter, torch, transformers, tokenizer, scratch of kernels
     overhead_gpu: int = 600 * MIB  # CUDA context and libraries
     overhead_bitsandbytes: int = 60 * MIB  # its library, once a technique loads it
+    overhead_peft: int = 220 * MIB  # PEFT with what it imports, bitsandbytes among it, once an adapter loads it
     overhead_routing: int = 128 * MIB  # kernels and scratch for ever new numbers of tokens, where experts are chosen
     allocator_slack: float = 0.02  # share of the tensors' bytes lost to rounding and fragmentation
     version: str = ""
@@ -76,11 +77,12 @@ class Machine:
     def overhead(self, tier: str, tensor_bytes: int, extras: frozenset[str] = frozenset()) -> int:
         """Bytes of `tier` that no tensor shows, for a run whose tensors hold `tensor_bytes` there.
 
-        `extras` are what not every run has: the library `bitsandbytes`, and `routing` to experts.
+        `extras` are what not every run has: the libraries `bitsandbytes` and `peft`, which loads it too, and `routing` to experts.
         """
         fixed = self.overhead_gpu if tier == "gpu" else self.overhead_ram
         if tier == "ram":
-            fixed += self.overhead_bitsandbytes * ("bitsandbytes" in extras) + self.overhead_routing * ("routing" in extras)
+            libraries = self.overhead_peft if "peft" in extras else self.overhead_bitsandbytes * ("bitsandbytes" in extras)
+            fixed += libraries + self.overhead_routing * ("routing" in extras)
         return fixed + int(self.allocator_slack * tensor_bytes)
 
 

@@ -75,6 +75,8 @@ def fits_as_promised(results: Results) -> str:
         f"{found['over_budget']} went over their budget. Of {found['under_kernel_limit']} in a memory cgroup of just their budget, "
         f"{found['finished_under_kernel_limit']} finished.{failed}",
         "",
+        _loading(rows),
+        "",
         "The budget of a row is the least in which the plan promises it. *Off*: promised over measured tensor bytes, by the CPU "
         "allocator's own records. *Process*: the kernel's count for the whole process.",
         "",
@@ -83,6 +85,18 @@ def fits_as_promised(results: Results) -> str:
         lines += ["![promised against measured bytes](figures/fits_as_promised.png)", ""]
     body = table("family|model and work|promised:|measured:|off:|process:|budget:|kept|cgroup", (_fits_row(row) for row in rows))
     return "\n".join([*lines, body, "", told(result["machine"], "fits_as_promised", "cpu")])
+
+
+def _loading(rows: list[dict[str, Any]]) -> str:
+    """How the peak of loading compares with its promise. An upper bound is wished for: less is loaded at once than is promised."""
+    errors = sorted(row["load_error"] for row in rows)
+    below = [row for row in rows if row["load_error"] < -0.01]
+    higher = sum(row["measured_load_bytes"] > row["predicted_peak_bytes"] for row in below)
+    return (
+        f"Loading: the promise was off by {errors[len(errors) // 2]:+.2%} in the median, from {errors[0]:+.0%} to {errors[-1]:+.0%}. In "
+        f"{len(below)} rows more was held when loading ended than is promised for it: the slots of the stream, which the plan counts to "
+        f"running; in {higher} of them that was more than running's promise."
+    )
 
 
 def _fits_row(row: dict[str, Any]) -> list[str]:

@@ -58,6 +58,13 @@ class Initialises(Protocol):
 
 
 @runtime_checkable
+class Beside(Protocol):
+    """A module that a technique put beside the model. Its blocks are trained: they never rest elsewhere, take turns or are quantized."""
+
+    beside: ClassVar[bool]
+
+
+@runtime_checkable
 class Absorbs(Protocol):
     """A module whose weights rest in another form than they are stored. It takes a dense tensor and keeps its own form of it."""
 

@@ -5,6 +5,8 @@ from functools import partial
 
 from torch import nn
 
+from tightfit.contracts import Beside
+
 _PATTERNS = ("sliding_window", "layer_type")
 """Attributes by which transformers' modules tell what a block attends to."""
 
@@ -25,8 +27,10 @@ def block_lists(model: nn.Module) -> list[tuple[str, nn.ModuleList]]:
 
 
 def blocks_of(model: nn.Module) -> list[tuple[str, nn.Module]]:
-    """All repeated blocks with their paths, every stack after the other. A block's place here is its *position*."""
-    return [(f"{path}.{index}", block) for path, stack in block_lists(model) for index, block in enumerate(stack)]
+    """The model's own repeated blocks with their paths, every stack after the other. A block's place here is its *position*."""
+    beside = tuple(f"{path}." for path, module in model.named_modules() if isinstance(module, Beside))
+    own = [(path, stack) for path, stack in block_lists(model) if not path.startswith(beside)]
+    return [(f"{path}.{index}", block) for path, stack in own for index, block in enumerate(stack)]
 
 
 def adapted_name(model: nn.Module, name: str) -> str:

@@ -66,7 +66,7 @@ def weigh(skeleton: Skeleton, techniques: Iterable[Transform], random_weights: b
         encode_scratch=max((_encode_scratch(dense[name]) for name in encoded), default=0),
         passing=max((_passing(dense[name], beside.get(name, 0)) for name in dense), default=0) + READERS * PIECE_BYTES,
         staging=0 if changed else max((staging_bytes(image) for image in images if image), default=0),
-        extras=_extras(model),
+        extras=_extras(model, tuned),
     )
 
 
@@ -141,11 +141,11 @@ def _passing(parameter: nn.Parameter, beside: int) -> int:
     return tensor_bytes(parameter) + beside
 
 
-def _extras(model: nn.Module) -> frozenset[str]:
-    """The foreign libraries that quantized and adapted modules load, and `routing` where tokens choose experts."""
+def _extras(model: nn.Module, tuned: bool) -> frozenset[str]:
+    """The foreign libraries that quantized and adapted modules load, and the routing where tokens choose experts."""
     found = {module.codec.library for module in model.modules() if isinstance(module, QuantizedLinear | QuantizedExperts)} - {""}
     if any(type(module).__module__.startswith("peft.") for module in model.modules()):
         found.add("peft")
     if any(path.rpartition(".")[2] == "experts" for path, _ in model.named_modules()):
-        found.add("routing")
+        found.add("routing_tune" if tuned else "routing")
     return frozenset(found)

@@ -47,16 +47,28 @@ from torch.nn.functional import linear
 from tightfit.runtime.process import keep_heap_tight, resident
 keep_heap_tight()
 draw = torch.Generator().manual_seed(0)
-tokens, experts = torch.randn(8192, 512, dtype=torch.bfloat16), torch.randn(16, 768, 512, dtype=torch.bfloat16)
+tokens, up, down = (torch.randn(*shape, dtype=torch.bfloat16) for shape in ((8192, 512), (16, 768, 512), (16, 512, 384)))
+learning = [tensor.requires_grad_({tuned}) for tensor in (tokens, up, down)]
 for rows in (8192, 1):
-    linear(tokens[:rows], experts[0])
+    hidden = linear(tokens[:rows], up[0])
+    if {tuned}:
+        hidden.square().sum().backward()
+del hidden
 before = resident().total
-for _ in range(100):
+for _ in range(60):
+    for tensor in learning:
+        tensor.grad = None
     ends = torch.bincount(torch.randint(16, (8192,), generator=draw), minlength=16).cumsum(0).to(torch.int32)
-    torch._grouped_mm(torch._grouped_mm(tokens, experts.transpose(1, 2), offs=ends), experts, offs=ends)
+    hidden = torch._grouped_mm(tokens, up.transpose(1, 2), offs=ends)[:, :384].contiguous()
+    out = torch._grouped_mm(hidden, down.transpose(1, 2), offs=ends)
+    if {tuned}:
+        out.square().sum().backward()
+    del hidden, out
+for tensor in learning:
+    tensor.grad = None
 print(resident().total - before)
 """
-"""Prints what products of ever new sizes keep, as in the experts of a hundred layers, beside those of a plain model."""
+"""Prints what products of ever new sizes keep, as in the experts of sixty layers, beside those of a plain model."""
 
 
 def probe(say: Say = lambda line: None) -> Machine:
@@ -81,7 +93,8 @@ def probe(say: Say = lambda line: None) -> Machine:
         overhead_ram=plain,
         overhead_bitsandbytes=_library_bytes(_overhead(["nf4"]) - plain),
         overhead_peft=int(_child(["-c", _IMPORTING.format(library="peft")])),
-        overhead_routing=max(0, int(_child(["-c", _ROUTING]))),
+        overhead_routing=max(0, int(_child(["-c", _ROUTING.format(tuned=False)]))),
+        overhead_routing_tune=max(0, int(_child(["-c", _ROUTING.format(tuned=True)]))),
     )
     machine.save()
     return machine

@@ -18,7 +18,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from tightfit.contracts import Quality, Stage
-from tightfit.describe.blocks import blocks_of
+from tightfit.describe.blocks import block_lists
 from tightfit.terms.errors import TightfitError
 
 
@@ -39,10 +39,10 @@ class Recompute:
 
     def apply(self, model: nn.Module) -> None:
         """Wrap the blocks' forward passes; works on any device, `meta` too."""
-        blocks = blocks_of(model)
+        blocks = [block for _, stack in block_lists(model) for block in stack]  # those beside the model too
         if not blocks:
             raise TightfitError("`recompute` found no repeated blocks in this model")
         if self.every < 1:
             raise TightfitError(f"`recompute:every` is at least 1, not {self.every}")
-        for _, block in blocks[:: self.every]:
+        for block in blocks[:: self.every]:
             block.forward = partial(_recomputed, block.forward)

@@ -47,7 +47,7 @@ def demo(out: Console) -> dict[str, Any]:
         out.file.flush()
 
     listen(PROMPT)
-    report = verbs.run(plan, PROMPT, Sampling(temperature=0.7, seed=4), listen)
+    report = verbs.run(plan, PROMPT, Sampling(temperature=0.7, seed=2), listen)
     out.print()
     out.rule("3  the report, held against the plan")
     show.show_report(report, out)

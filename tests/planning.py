@@ -1,13 +1,16 @@
 """Planning: one call to the planner, for tests that make many. What knows nothing of budgets is done once."""
 
 import functools
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from typing import ClassVar
 
 import pytest
 import torch
 from families import make
+from torch import nn
 
 from tightfit import catalog
+from tightfit.contracts import Quality, Stage
 from tightfit.describe.skeleton import Skeleton
 from tightfit.describe.source import describe
 from tightfit.planner import choose as choosing
@@ -72,3 +75,23 @@ def _once(key, work):
     if key not in _KNOWN:
         _KNOWN[key] = work()
     return _KNOWN[key]
+
+
+@dataclass(frozen=True)
+class LowRank:
+    """A trainable low-rank pair beside every `up_proj`; all else is frozen."""
+
+    stage: ClassVar[Stage] = Stage.ADAPT
+    quality: ClassVar[Quality] = "exact"
+
+    def apply(self, model: nn.Module) -> None:
+        model.requires_grad_(False)
+        for path, linear in list(model.named_modules()):
+            if path.endswith("up_proj"):
+                linear.down = nn.Parameter(torch.empty(4, linear.in_features, dtype=torch.bfloat16, device="meta"))
+                linear.up = nn.Parameter(torch.empty(linear.out_features, 4, dtype=torch.bfloat16, device="meta"))
+                linear.forward = functools.partial(_beside, linear, linear.forward)
+
+
+def _beside(linear, forward, x):
+    return forward(x) + x @ linear.down.T @ linear.up.T

@@ -1,40 +1,12 @@
 """Adapters: what is trained is little, so the frozen base beside it may stream and be quantized while it is tuned."""
 
-import functools
-from dataclasses import dataclass
-from typing import ClassVar
-
 import pytest
-import torch
-from planning import TUNE, planned, skeleton
-from torch import nn
+from planning import TUNE, LowRank, planned, skeleton
 
-from tightfit.contracts import Quality, Stage
 from tightfit.describe.blocks import blocks_of
 from tightfit.planner.choose import SLOT_SLACK
 from tightfit.terms.errors import DoesNotFit
 from tightfit.terms.machine import Machine
-
-
-@dataclass(frozen=True)
-class LowRank:
-    """A trainable low-rank pair beside every `up_proj`; all else is frozen."""
-
-    stage: ClassVar[Stage] = Stage.ADAPT
-    quality: ClassVar[Quality] = "exact"
-
-    def apply(self, model: nn.Module) -> None:
-        model.requires_grad_(False)
-        for path, linear in list(model.named_modules()):
-            if path.endswith("up_proj"):
-                linear.down = nn.Parameter(torch.empty(4, linear.in_features, dtype=torch.bfloat16, device="meta"))
-                linear.up = nn.Parameter(torch.empty(linear.out_features, 4, dtype=torch.bfloat16, device="meta"))
-                linear.forward = functools.partial(_beside, linear, linear.forward)
-
-
-def _beside(linear, forward, x):
-    return forward(x) + x @ linear.down.T @ linear.up.T
-
 
 ADAPTED = {"asked": {"low_rank": {}}, "more": {"low_rank": LowRank}}
 PAIRS_BYTES = 4 * 2 * (4 * 64 + 160 * 4)

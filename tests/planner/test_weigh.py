@@ -1,16 +1,14 @@
 """Weigh: what takes turns and what stays, what loading holds besides, and what a shape without weights is taken to be."""
 
-from dataclasses import dataclass, replace
-from typing import ClassVar
+from dataclasses import replace
 
 import pytest
 import torch
 from families import CONFIGS, make
-from torch import nn
+from planning import LowRank
 from transformers import AutoConfig
 
 from tightfit import catalog
-from tightfit.contracts import Quality, Stage
 from tightfit.describe.blocks import blocks_of
 from tightfit.describe.skeleton import Skeleton
 from tightfit.describe.source import describe
@@ -18,21 +16,6 @@ from tightfit.formats.image import PIECE_BYTES, READERS
 from tightfit.planner.weigh import weigh
 
 BUFFERS = READERS * PIECE_BYTES
-
-
-@dataclass(frozen=True)
-class LowRank:
-    """A trainable low-rank pair beside every `up_proj`; all else is frozen."""
-
-    stage: ClassVar[Stage] = Stage.ADAPT
-    quality: ClassVar[Quality] = "exact"
-
-    def apply(self, model: nn.Module) -> None:
-        model.requires_grad_(False)
-        for path, linear in list(model.named_modules()):
-            if path.endswith("up_proj"):
-                linear.down = nn.Parameter(torch.empty(4, linear.in_features, dtype=torch.bfloat16, device="meta"))
-                linear.up = nn.Parameter(torch.empty(linear.out_features, 4, dtype=torch.bfloat16, device="meta"))
 
 
 def preset(family: str) -> Skeleton:

@@ -51,7 +51,7 @@ def lora(monkeypatch):
         ("lora:where=a,b,rank=2", {"where": "a,b", "rank": 2}),
         ("lora:where=(?=q),rank=2", {"where": "(?=q)", "rank": 2}),
         ("offload:streamed=0,1", {"streamed": (0, 1)}),
-        ("offload:slots=3,streamed=2,tier=ram", {"slots": 3, "streamed": (2,), "tier": "ram"}),
+        ("offload:slots=3,streamed=2", {"slots": 3, "streamed": (2,)}),
         ("int8:where=q_proj,v_proj", {"where": "q_proj,v_proj"}),
     ],
 )

@@ -30,27 +30,6 @@ _BIAS = "final_logits_bias"
 """The buffer that BART and its kin add to their logits."""
 
 
-@dataclass(frozen=True)
-class ChunkedLoss:
-    """Compute the loss in slices of tokens."""
-
-    stage: ClassVar[Stage] = Stage.OBJECTIVE
-    quality: ClassVar[Quality] = "exact"
-
-    tokens: int = 256  # in a slice; fewer save memory, tokens · vocabulary · 12 bytes, and keep a GPU less busy
-
-    def apply(self, model: nn.Module) -> None:
-        """Wrap the model's forward pass; works on any device, `meta` too. Raises `TightfitError` for a model without a vocabulary head."""
-        head = model.get_output_embeddings()
-        if head is None:
-            raise TightfitError(
-                f"`chunked_loss` found no vocabulary head in `{type(model).__name__}`", hint="it is for models that predict tokens"
-            )
-        if self.tokens < 1:
-            raise TightfitError(f"`chunked_loss:tokens` is at least 1, not {self.tokens}", hint="256 suits most models")
-        model.forward = partial(_with_chunked_loss, model, model.forward, self.tokens)
-
-
 def _with_chunked_loss(model: nn.Module, forward: Any, tokens: int, *args: Any, labels: Tensor | None = None, **kwargs: Any) -> Any:
     if labels is None:
         return forward(*args, **kwargs)
@@ -175,3 +154,24 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
 
 def _summed(logits: Tensor, targets: Tensor) -> Tensor:
     return nn.functional.cross_entropy(logits.float(), targets, ignore_index=IGNORED, reduction="sum")
+
+
+@dataclass(frozen=True)
+class ChunkedLoss:
+    """Compute the loss in slices of tokens."""
+
+    stage: ClassVar[Stage] = Stage.OBJECTIVE
+    quality: ClassVar[Quality] = "exact"
+
+    tokens: int = 256  # in a slice; fewer save memory, tokens · vocabulary · 12 bytes, and keep a GPU less busy
+
+    def apply(self, model: nn.Module) -> None:
+        """Wrap the model's forward pass; works on any device, `meta` too. Raises `TightfitError` for a model without a vocabulary head."""
+        head = model.get_output_embeddings()
+        if head is None:
+            raise TightfitError(
+                f"`chunked_loss` found no vocabulary head in `{type(model).__name__}`", hint="it is for models that predict tokens"
+            )
+        if self.tokens < 1:
+            raise TightfitError(f"`chunked_loss:tokens` is at least 1, not {self.tokens}", hint="256 suits most models")
+        model.forward = partial(_with_chunked_loss, model, model.forward, self.tokens)

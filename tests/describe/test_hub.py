@@ -16,7 +16,6 @@ from tightfit.describe.source import describe
 from tightfit.terms.budget import Budget
 from tightfit.terms.errors import TightfitError
 from tightfit.terms.machine import Machine
-from tightfit.terms.units import GIB
 from tightfit.terms.workload import Workload
 
 NAME = "some-org/some-model"
@@ -47,7 +46,7 @@ def hub(saved, tmp_path, monkeypatch):
 
 
 def test_a_plan_fetches_no_weights_and_a_run_does(hub, saved):
-    question = (Workload(tokens=8, new_tokens=4), Budget(ram=GIB, disk=0))
+    question = (Workload(tokens=8, new_tokens=4), Budget(ram=1 << 40, disk=0))
     remote = verbs.plan(NAME, *question, machine=Machine())
     assert (hub / "config.json").exists() and not (hub / "model.safetensors").exists()
     assert remote == replace(verbs.plan(str(saved("llama")), *question, machine=Machine()), model=NAME)

@@ -12,15 +12,15 @@ from matplotlib import pyplot
 MIB = 1024**2
 BAND = 0.05
 COLORS = {"generate": "#2a6fbb", "tune": "#c0392b", "embed": "#2e8b57"}
-MARKERS = {"none": "o", "int8": "s", "nf4": "D", "recompute": "^", "offload": "v"}
+MARKERS = {"none": "o", "int8": "s", "nf4": "D", "recompute": "^", "lora": "P", "side": "X", "offload": "v"}
 INK, PALE = "#333333", "#999999"
 
 
 def way_of(row: dict[str, Any]) -> str:
-    """What the figure calls the row's technique; streaming wins over a quantization beside it."""
+    """What the figure calls the row's technique; streaming wins over an adapter, and that over what stands beside it."""
     if row["resident"] != 1:
         return "offload"
-    return row["techniques"][0] if row["techniques"] else "none"
+    return next((name for name in reversed(MARKERS) if name in row["techniques"]), "none")
 
 
 def asked(row: dict[str, Any]) -> dict[str, Any]:

@@ -7,19 +7,18 @@ python bench/table.py --check    fail when the page is not what the results say
 import argparse
 import json
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+from cells import ABSENT, Results, percent, table, times, told, yes
+from tune_tables import bigger_steps, gpu_steps, tune_memory, tune_quality
 
 from tightfit.terms.units import show_bytes, show_seconds
 
 BENCH = Path(__file__).resolve().parent
 PAGE = BENCH.parent / "docs" / "benchmarks.md"
 FIGURE = BENCH.parent / "docs" / "figures" / "fits_as_promised.png"
-ABSENT = "not yet measured"
-Results = dict[str, dict[str, Any]]
-"""What a question has measured, by the name of the file."""
-
 INTRO = """# Benchmarks
 
 Generated from `bench/*/results/*.json` by `python bench/table.py`; please do not edit. Each figure is in the file that its table links
@@ -30,37 +29,6 @@ to, with the machine, the versions, the load at the start and the plan's digest.
 def results_of(question: str) -> Results:
     """The results of a question by file name; empty where there are none."""
     return {path.stem: json.loads(path.read_text()) for path in sorted((BENCH / question / "results").glob("*.json"))}
-
-
-def table(header: str, rows: Iterable[Iterable[str]]) -> str:
-    """A Markdown table. `header`: titles between bars, with a colon after those of numbers."""
-    titles = header.split("|")
-    lines = [[title.rstrip(":") for title in titles], ["--:" if title.endswith(":") else "---" for title in titles], *rows]
-    return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
-
-
-def told(machine: dict[str, Any], question: str, name: str) -> str:
-    """Where a result comes from, in one line."""
-    versions, load = machine["versions"], machine["load_average"][0]
-    cores = f"{machine['cpu']}, {machine['threads']} of {machine['cores']} cores"
-    where = f"{cores}, {show_bytes(machine['ram_bytes'])} of RAM, load {load:.1f} at the start"
-    what = f"torch {versions['torch']}, transformers {versions['transformers']}, tightfit {versions['tightfit']}"
-    return f"[{question}/{name}.json](../bench/{question}/results/{name}.json): {machine['started'][:10]}, {where}; {what}."
-
-
-def percent(value: float | None, digits: int = 1) -> str:
-    """A share with its sign."""
-    return ABSENT if value is None else f"{value:+.{digits}%}"
-
-
-def times(value: float | None) -> str:
-    """A ratio."""
-    return "-" if value is None else f"{value:.2f}×"
-
-
-def yes(kept: bool | None) -> str:
-    """Whether a word was kept."""
-    return {True: "yes", False: "**no**", None: "-"}[kept]
 
 
 def fits_as_promised(results: Results) -> str:
@@ -135,7 +103,7 @@ def bigger_than_memory(results: Results) -> str:
         "token over the fastest direct reads seen in the job, by passes before and after each run or by the runs themselves."
     )
     body = table("case|ours a token (planned)|over the floor:|peer a token|faster:|process|pairs:|as wished", rows)
-    return "\n\n".join([intro, body, *sources])
+    return "\n\n".join([intro, body, *bigger_steps(results), *sources])
 
 
 def resident_decode(results: Results) -> str:
@@ -203,15 +171,17 @@ def gpu(results: Results) -> str:
             [name, settings["gpu"], *promised, reserved, show_seconds(result["seconds_per_token"]), times(result.get("over_floor"))]
         )
         sources.append(told(results[name]["machine"], "gpu", name))
-    return "\n\n".join([table("job|budget:|promised:|off:|reserved:|a token:|over the floor:", rows), *sources])
+    return "\n\n".join([table("job|budget:|promised:|off:|reserved:|a token:|over the floor:", rows), *gpu_steps(results), *sources])
 
 
 QUESTIONS: dict[str, tuple[str, Callable[[Results], str]]] = {
     "fits_as_promised": ("Does it say so before, and stay inside?", fits_as_promised),
     "bigger_than_memory": ("How fast is a model that does not fit?", bigger_than_memory),
+    "tune_memory": ("What does a training step take?", tune_memory),
     "resident_decode": ("How fast is it when everything fits?", resident_decode),
     "plan_speed": ("How long does a plan take?", plan_speed),
     "gpu": ("And on a GPU?", gpu),
+    "tune_quality": ("How good is what was tuned?", tune_quality),
 }
 
 

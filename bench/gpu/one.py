@@ -10,8 +10,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch
 from record import plan_digest
 from resting import resting_bytes
+from tuning import stepper, timed_steps
 
 import tightfit
+from tightfit import catalog
 from tightfit.describe.source import describe
 from tightfit.rehearse.fake import inputs_for, materialize
 from tightfit.runtime.build import build, restore_buffers
@@ -28,7 +30,9 @@ ON_GPU = torch.cuda.is_available()
 
 
 def workload_of(job: Job) -> tightfit.Workload:
-    """The prompt and the tokens to write."""
+    """The prompt and the tokens to write, or the training step."""
+    if job["side"] == "tune":
+        return tightfit.Workload("tune", job["batch"], job["tokens"], micro_batch=job.get("micro_batch", 0))
     return tightfit.Workload("generate", 1, job["prompt_tokens"], job["new_tokens"])
 
 
@@ -51,7 +55,7 @@ def budget_of(job: Job, skeleton: Any) -> tightfit.Budget:
     """The job's budget; in a dry run one in which half of the blocks stream from disk."""
     if not job["dry"]:
         return tightfit.Budget(ram=parse_size(job["ram"]), gpu=parse_size(job["gpu"]))
-    techniques = {name: {} for name in job["techniques"]}
+    techniques = dict(catalog.parse(text) for text in job["techniques"])
     boundless = tightfit.Budget(ram=1 << 50, disk=1 << 50)
     whole = tightfit.plan(job["model"], workload_of(job), boundless, job["quality"], job["techniques"], random_weights=True)
     blocks, _ = resting_bytes(skeleton, techniques)
@@ -99,6 +103,42 @@ def ours(job: Job) -> dict[str, Any]:
         "predicted": plan.predicted,
         "plan_digest": plan_digest(plan.to_json()),
         "warnings": report.warnings,
+    }
+
+
+def tuned(job: Job) -> dict[str, Any]:
+    """Plan, load, take whole steps; what was promised and what was measured. The floor: what must cross the link, or the plan's compute."""
+    keep_heap_tight()
+    skeleton = describe(job["model"], "tune", random_weights=True)
+    plan = tightfit.plan(job["model"], workload_of(job), budget_of(job, skeleton), job["quality"], job["techniques"], random_weights=True)
+    cap = cap_allocator(job)
+    with build(plan, skeleton) as built:
+        step, load_peaks = stepper(built), peaks()
+        if ON_GPU:
+            torch.cuda.reset_peak_memory_stats()
+        found = timed_steps(step, job["warm_up"], job["steps"])
+    found |= peaks()
+    crossed = plan.streamed_bytes * plan.workload.passes * (1 if "side" in plan.techniques else 2)
+    floor = crossed / (Machine.here().link_bandwidth if ON_GPU else Machine.here().disk_bandwidth)
+    measured = found.get("allocated_bytes", 0)
+    return found | {
+        "cap_bytes": cap,
+        "load_peaks": load_peaks,
+        "predicted_peak_bytes": plan.tensor_bytes(),
+        "measured_peak_bytes": measured,
+        "deviation": measured / plan.tensor_bytes() - 1 if measured else None,
+        "reserved_peak_bytes": found.get("reserved_bytes", 0),
+        "tokens_per_second": job["batch"] * job["tokens"] / found["seconds_per_step"],
+        "floor_seconds_per_step": floor,
+        "over_floor": found["seconds_per_step"] / floor if floor else None,
+        "predicted_seconds": plan.seconds,
+        "micro_batch": plan.workload.rows,
+        "streamed_bytes": plan.streamed_bytes,
+        "load_seconds": built.load_seconds,
+        "techniques": {name: dict(values) for name, values in plan.techniques.items()},
+        "resting": plan.resting(),
+        "predicted": plan.predicted,
+        "plan_digest": plan_digest(plan.to_json()),
     }
 
 
@@ -177,7 +217,7 @@ def main() -> None:
 
         found = asdict(probe()) | gpu_facts()
     else:
-        found = ours(job) if job["side"] == "ours" else peer(job)
+        found = {"ours": ours, "tune": tuned, "accelerate": peer}[job["side"]](job)
     print(json.dumps(found, default=list))
 
 

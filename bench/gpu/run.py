@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from record import CHECKOUT, machine_facts, read_result, run_child, say, write_result
+from record import BENCH, CHECKOUT, machine_facts, read_result, run_child, say, write_result
 
 HERE = Path(__file__).resolve().parent
 
@@ -32,9 +32,29 @@ def install_wheels(wheels: Path, target: str) -> None:
 
 def job_of(name: str, settings: dict[str, Any], dry: bool) -> dict[str, Any]:
     """The job with all that it needs to know."""
-    shared = {key: settings[key] for key in ("prompt_tokens", "new_tokens", "ram")}
+    shared = {key: settings[key] for key in ("prompt_tokens", "new_tokens", "ram", "warm_up", "steps")}
     job = {"name": name, "side": "probe", "quality": "exact", "techniques": [], "dry": dry} | shared | settings["jobs"][name]
     return job | settings["dry"] if dry else job
+
+
+def command_of(job: dict[str, Any], packages: str) -> list[str]:
+    """The command of a job. PEFT's is its own script, on a folder that has the preset's config only."""
+    if job["side"] != "PEFT":
+        return [sys.executable, str(HERE / "one.py"), json.dumps(job)]
+    presets = CHECKOUT / "src" / "tightfit" / "presets"
+    folder = Path(packages) / f"shape-{job['model']}"
+    folder.mkdir(exist_ok=True)
+    file = presets / f"{job['model']}.json"
+    (folder / "config.json").write_bytes((file if file.exists() else presets / job["model"] / "config.json").read_bytes())
+    names = {"--batch": "batch", "--tokens": "tokens", "--threads": "threads", "--steps": "steps", "--warm-up": "warm_up"}
+    numbers = [text for flag, name in names.items() for text in (flag, str(job[name]))]
+    script = [str(BENCH / "peers" / "tune_peft.py"), "--model", str(folder), "--device", "cpu" if job["dry"] else "cuda"]
+    return [sys.executable, *script, *job["arguments"], *numbers]
+
+
+def pace_of(job: dict[str, Any]) -> str:
+    """The figure that a job must have given."""
+    return "seconds_per_step" if job["side"] in ("tune", "PEFT") else "seconds_per_token"
 
 
 def run_job(job: dict[str, Any], seconds: float, packages: str) -> dict[str, Any]:
@@ -45,12 +65,14 @@ def run_job(job: dict[str, Any], seconds: float, packages: str) -> dict[str, Any
         "PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:False",
     }
     began = time.monotonic()
-    found = run_child([sys.executable, str(HERE / "one.py"), json.dumps(job)], job["threads"], seconds, **environment)
+    found = run_child(command_of(job, packages), job["threads"], seconds, **environment)
     return found | {"wall_seconds": round(time.monotonic() - began, 1)}
 
 
 def line_of(name: str, found: dict[str, Any]) -> str:
     """What a person wants to see while it runs."""
+    if "seconds_per_step" in found:
+        return f"{name}: {found['seconds_per_step']:.3f} s per step, {found.get('measured_peak_bytes', 0) / 2**30:.2f} GiB at the peak"
     if "seconds_per_token" not in found:
         return f"{name}: {found.get('error', 'done')} ({found['wall_seconds']} s)"
     promise = (
@@ -84,7 +106,7 @@ def main() -> None:
                 facts["probed"] = found
             elif not args.dry:
                 before = read_result(args.out / f"{name}.json")
-                if "seconds_per_token" in found or "seconds_per_token" not in before.get("result", {}):
+                if pace_of(job) in found or pace_of(job) not in before.get("result", {}):
                     write_result(
                         args.out / f"{name}.json", {"question": "gpu", "name": name, "machine": facts, "settings": job, "result": found}
                     )

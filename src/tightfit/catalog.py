@@ -22,10 +22,10 @@ ENTRY_POINTS = "tightfit.techniques"
 
 
 def technique_names() -> list[str]:
-    """Every technique that can be named, without importing one."""
+    """Every technique that can be named, without importing one. A file whose name begins with `_` is a part of others."""
     import tightfit.techniques
 
-    own = [module.name for module in pkgutil.iter_modules(tightfit.techniques.__path__)]
+    own = [module.name for module in pkgutil.iter_modules(tightfit.techniques.__path__) if not module.name.startswith("_")]
     return sorted({*own, *(entry.name for entry in entry_points(group=ENTRY_POINTS))})
 
 

@@ -1,7 +1,8 @@
 """Every socket of tightfit on one page: what a technique, a quantized weight and a ring of blocks promise."""
 
+from collections.abc import Mapping
 from enum import IntEnum
-from typing import TYPE_CHECKING, ClassVar, Literal, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol, runtime_checkable
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -55,6 +56,51 @@ class Initialises(Protocol):
     def initialise(self, model: "nn.Module") -> None:
         """Give them their first values, once the weights of a model that was on `meta` are in place."""
         ...
+
+
+@runtime_checkable
+class Learns(Protocol):
+    """A technique whose learned tensors are kept without the model, in `<stem>_config.json` and `<stem>_model.safetensors`."""
+
+    stem: ClassVar[str]
+
+    def learned_config(self, model: "nn.Module") -> dict[str, Any]:
+        """What the tensors mean, as plain JSON values; for an adapter that PEFT knows, PEFT's own config."""
+        ...
+
+    def learned_state(self, model: "nn.Module") -> dict[str, "Tensor"]:
+        """The learned tensors by the names that they have in the file. No copies."""
+        ...
+
+    def load_learned(self, model: "nn.Module", config: Mapping[str, Any], state: Mapping[str, "Tensor"]) -> None:
+        """Copy a file's tensors into `model`, to which this technique was applied.
+
+        Raises `TightfitError` for missing, unknown or misshapen tensors; nothing is changed then.
+        """
+        ...
+
+
+@runtime_checkable
+class Policy(Protocol):
+    """A module that acts at each training step: draws a rank, follows a freezing schedule. A technique leaves it in the model.
+
+    What it does depends on nothing but the number of the step, so that every process and a resumed run do the same.
+    """
+
+    def begin_step(self, step: int) -> None:
+        """The update number `step`, counted from 0, begins: called once before the forward pass of its first batch."""
+        ...
+
+    def end_training(self) -> None:
+        """No step is under way: evaluate and save the whole of what was learned."""
+        ...
+
+
+@runtime_checkable
+class Paced(Protocol):
+    """A module some of whose own parameters want another learning rate than the rest."""
+
+    rate_factors: Mapping[str, float]  # own parameter → times the learning rate
 
 
 @runtime_checkable

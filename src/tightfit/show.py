@@ -29,7 +29,9 @@ def show_plan(plan: Plan, console: Console) -> None:
     work = plan.workload
     doing = {
         "generate": f"read {work.tokens} tokens, write {work.new_tokens}",
-        "tune": f"one step over {work.batch} × {work.tokens} tokens, {work.optimizer}",
+        "tune": f"one step over {work.batch} × {work.tokens} tokens"
+        + (f", {work.rows} at a time" if work.passes > 1 else "")
+        + f", {work.optimizer}",
         "embed": f"one pass over {work.batch} × {work.tokens} tokens",
     }[work.task]
     console.print(f"[bold]{escape(plan.model)}[/]: {doing}")
@@ -63,9 +65,12 @@ def show_report(report: Report, console: Console) -> None:
     table.add_row("process", show_bytes(plan.predicted_bytes("ram")), show_bytes(run_peak), f"budget {show_bytes(budget)}")
     console.print(table)
     seconds = report.seconds
+    if plan.workload.task == "tune":
+        pace = f"first step {show_seconds(seconds['first_step'])}, then {show_seconds(seconds['step'])} a step"
+    else:
+        pace = f"first token after {show_seconds(seconds['first_token'])}, then {show_seconds(seconds['per_token'])} a token"
     console.print(
-        f"loaded in {show_seconds(seconds['load'])} (peak {show_bytes(report.process['load_peak'])}), first token after "
-        f"{show_seconds(seconds['first_token'])}, then {show_seconds(seconds['per_token'])} a token"
+        f"loaded in {show_seconds(seconds['load'])} (peak {show_bytes(report.process['load_peak'])}), {pace}"
         + (f"; {show_bytes(report.moved_bytes)} streamed" if report.moved_bytes else "")
     )
     for note in report.notes:

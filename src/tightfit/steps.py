@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from tightfit.contracts import Paced
 from tightfit.terms.errors import TightfitError, near
 
 Mark = Any
@@ -53,22 +54,60 @@ def embed(model: nn.Module, batch: dict[str, Tensor]) -> Any:
     return model(**batch, **({"use_cache": False} if _takes(model, "use_cache") else {}))
 
 
-def make_optimizer(model: nn.Module, name: str = "adamw") -> torch.optim.Optimizer:
-    """The optimizer over the trainable parameters. `adamw` is torch's fused one, which needs no temporary copies."""
+def make_optimizer(model: nn.Module, name: str = "adamw", learning_rate: float = 1e-4, weight_decay: float = 0.0) -> torch.optim.Optimizer:
+    """The optimizer over the trainable parameters. `adamw` is torch's fused one, which needs no temporary copies.
+
+    Parameters whose module asks for another learning rate (`Paced`) get it; biases, norms and such scalars do not decay.
+    """
     if name != "adamw":
         raise TightfitError(f"no optimizer is called `{name}`", hint=near(name, ["adamw"]))
-    return torch.optim.AdamW([parameter for parameter in model.parameters() if parameter.requires_grad], lr=1e-4, fused=True)
+    groups: dict[tuple[float, float], dict[int, nn.Parameter]] = {}
+    for module in model.modules():
+        factors = module.rate_factors if isinstance(module, Paced) else {}
+        for own, parameter in module.named_parameters(recurse=False):
+            if parameter.requires_grad:
+                decay = 0.0 if own in factors or own.endswith("bias") or "Norm" in type(module).__name__ else weight_decay
+                pace = (learning_rate * factors.get(own, 1.0), decay)
+                groups.setdefault(pace, {})[id(parameter)] = parameter  # a tied one comes once
+    if not groups:
+        raise TightfitError("nothing of this model is trained", hint="add `--technique lora`, or another that trains something")
+    described = [{"params": [*found.values()], "lr": rate, "weight_decay": decay} for (rate, decay), found in groups.items()]
+    return torch.optim.AdamW(described, fused=True)
+
+
+def backward(
+    model: nn.Module, batch: dict[str, Tensor], share: float = 1.0, precision: str = "no", mark: Mark = silent, run: Any = Tensor.backward
+) -> Tensor:
+    """One pass forward and backward, whose loss counts as `share` of the whole; gradients add up. Returns the detached share.
+
+    With `precision` `bf16` products are computed in it, whatever the weights are stored in.
+    """
+    with torch.autocast(batch_device(batch).type, torch.bfloat16, enabled=precision == "bf16"):
+        loss = loss_of(model, batch)
+    if share != 1.0:
+        loss = loss * share
+    mark("backward: head")
+    run(loss)
+    return loss.detach()
+
+
+def update(optimizer: torch.optim.Optimizer) -> None:
+    """The trainable parameters move, and their gradients are given up."""
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
 
 
 def train_step(model: nn.Module, batch: dict[str, Tensor], optimizer: torch.optim.Optimizer, mark: Mark = silent) -> Tensor:
-    """Forward, loss, backward, update, and the gradients are given up. Returns the detached loss."""
-    loss = loss_of(model, batch)
-    mark("backward: head")
-    loss.backward()
+    """Forward, loss, backward, update. Returns the detached loss."""
+    loss = backward(model, batch, mark=mark)
     mark("optimizer")
-    optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
-    return loss.detach()
+    update(optimizer)
+    return loss
+
+
+def batch_device(batch: dict[str, Tensor]) -> torch.device:
+    """Where the inputs lie."""
+    return next(iter(batch.values())).device
 
 
 def loss_of(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:

@@ -41,17 +41,20 @@ def write(file: str, values: Mapping[str, Any]) -> None:
 
 
 @contextmanager
-def bar(name: str, shown: bool, unit: Literal["bytes", "tokens"] = "bytes") -> Iterator[Any]:
-    """A progress bar on stderr with what is done, and the time left; gone once the work is done. Call what it gives with (done, whole)."""
+def bar(name: str, shown: bool, unit: Literal["bytes", "tokens", "samples", "steps"] = "bytes") -> Iterator[Any]:
+    """A progress bar on stderr with what is done, and the time left; gone once the work is done. Call what it gives with (done, whole).
+
+    A third word is told beside the name.
+    """
     from rich.progress import BarColumn, DownloadColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
     count = DownloadColumn(binary_units=True) if unit == "bytes" else MofNCompleteColumn()
     columns = (TextColumn("{task.description}"), BarColumn(), count, TimeRemainingColumn())
-    with Progress(*columns, console=talk, transient=True, disable=not shown) as bars:
+    with Progress(*columns, console=talk, transient=True, disable=not (shown and talk.is_terminal)) as bars:
         job = bars.add_task(name, total=None)
 
-        def progress(done: int, whole: int) -> None:
-            bars.update(job, completed=done, total=whole, visible=done < whole)
+        def progress(done: int, whole: int, word: str = "") -> None:
+            bars.update(job, description=f"{name} {word}".rstrip(), completed=done, total=whole, visible=done < whole)
             if done >= whole:
                 bars.stop()
 

@@ -37,7 +37,7 @@ def asking(ram: int, gpu: int = 0, disk: int = 0, quality: Quality = "exact", ta
 def outcome(candidate: Candidate = STORED, residency=None, compute: float = 1.0, transfer: float = 1.0, **needed: int) -> Outcome:
     parts = {tier: {"weights": size} for tier, size in needed.items()}
     pace = Pace({"stream": 10.0, "step": max(compute, transfer)}, 1.0, compute, transfer)
-    return Outcome(candidate, FOOTPRINT, None, residency, parts, parts, pace)
+    return Outcome(candidate, Workload(), FOOTPRINT, None, residency, parts, parts, pace)
 
 
 @pytest.mark.parametrize(
@@ -108,7 +108,7 @@ def test_a_gpu_is_named_with_what_is_behind_it():
 
 def test_what_grows_with_the_tokens_is_said():
     parts = {"ram": {"weights": GIB, "kv_cache": 2 * GIB}}
-    needy = Outcome(STORED, FOOTPRINT, None, None, parts, parts, Pace({}, 1.0, 1.0, 1.0))
+    needy = Outcome(STORED, Workload(), FOOTPRINT, None, None, parts, parts, Pace({}, 1.0, 1.0, 1.0))
     assert refusal(asking(GIB), [needy]).hint == (
         "most of it grows with the tokens: try a smaller `--context` or `--batch`, or `--ram 3.01GiB`"
     )

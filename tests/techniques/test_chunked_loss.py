@@ -1,6 +1,7 @@
 """chunked_loss: the loss and every gradient are those of whole logits, for heads of all kinds, and whole logits never exist."""
 
 import copy
+import inspect
 
 import pytest
 import torch
@@ -130,3 +131,17 @@ def test_what_it_does_not_take(model, technique, said):
     with pytest.raises(TightfitError, match=said) as caught:
         technique.apply(chosen)
     assert caught.value.hint
+
+
+def test_it_says_what_the_model_takes():
+    """transformers asks the signature: `Trainer` for the columns to hand on, `generate` for the positions of padded prompts."""
+    plain = made("llama")
+    expected = inspect.signature(plain.forward)
+    chunked = copy.deepcopy(plain)
+    ChunkedLoss().apply(chunked)
+    assert inspect.signature(chunked.forward) == expected
+    assert inspect.signature(copy.deepcopy(chunked).forward) == expected
+    prompts = {"input_ids": batch()["input_ids"], "attention_mask": torch.ones(2, 13, dtype=torch.long)}
+    prompts["attention_mask"][0, :5] = 0
+    written = [model.generate(**prompts, max_new_tokens=5, do_sample=False) for model in (plain, chunked)]
+    assert torch.equal(*written)

@@ -22,8 +22,9 @@ from tightfit.terms.footprint import Footprint, total
 from tightfit.terms.machine import Machine
 from tightfit.terms.plan import Plan, TurnedDown
 from tightfit.terms.units import show_bytes
+from tightfit.terms.workload import Workload
 
-Tried = tuple[Candidate, Footprint, Weights]
+Tried = tuple[Candidate, Workload, Footprint, Weights]
 
 SLOT_SLACK = 16 * 1024
 """Bytes that a slot is larger than its block, so that reads may begin and end on disk pages."""
@@ -35,21 +36,48 @@ def choose(request: Request, machine: Machine, available: Mapping[str, type[Any]
     Raises `DoesNotFit` before any weight is read, with what is missing by kind and what would help.
     """
     request = _moving_blocks(request, available)
-    asked = request.asked
-    found = candidates(request.workload, available, asked)
-    wished = [candidate for candidate in found if allowed(candidate, request.quality, asked)]
-    tried, failures = _try_all(request, wished)
-    outcomes = _outcomes(request, tried, _extras(tried), machine)
+    found = candidates(request.workload, available, request.asked)
+    wished = [candidate for candidate in found if allowed(candidate, request.quality, request.asked)]
+    outcomes, failures = _split_until_easy(request, wished, machine)
     choice = [outcome for outcome in outcomes if outcome.residency is not None]
     if request.alternatives or not choice:
-        others, more = _try_all(request, [candidate for candidate in found if candidate not in wished])
-        outcomes += _outcomes(request, others, _extras([*tried, *others]), machine)
+        least_split = min(choice, key=lambda outcome: outcome.pace.whole).workload if choice else _splits(request.workload)[-1]
+        others, more = _try_all(request, [candidate for candidate in found if candidate not in wished], least_split)
+        outcomes += _outcomes(request, others, _extras(outcomes) | _extras_of(others), machine)
         failures += more
     if not choice:
         raise refusal(request, outcomes)
     best = min(choice, key=lambda outcome: outcome.pace.whole)
-    turned_down = [_turned_down(outcome, best, request) for outcome in outcomes if outcome is not best]
+    turned_down = [_turned_down(outcome, best, request) for outcome in outcomes if _is_worth_telling(outcome, best)]
     return _plan(request, best, machine, (*turned_down, *failures))
+
+
+def _splits(workload: Workload) -> list[Workload]:
+    """The batch at once, then in halves of halves, unless the micro-batch was said. Only tuning can be split."""
+    if workload.task != "tune" or workload.micro_batch:
+        return [workload]
+    found, rows = [workload], workload.batch
+    while rows > 1:
+        rows = -(-rows // 2)
+        found.append(replace(workload, micro_batch=rows))
+    return found
+
+
+def _split_until_easy(request: Request, wished: list[Candidate], machine: Machine) -> tuple[list[Outcome], list[TurnedDown]]:
+    """Try the candidates on ever smaller micro-batches, until one runs with nothing recomputed or streamed: less would not be faster."""
+    outcomes: list[Outcome] = []
+    failures: list[TurnedDown] = []
+    for workload in _splits(request.workload):
+        tried, failures = _try_all(request, wished, workload)
+        outcomes += _outcomes(request, tried, _extras(outcomes) | _extras_of(tried), machine)
+        if any(outcome.residency and not outcome.residency.streamed and not outcome.candidate.recomputes() for outcome in outcomes):
+            break
+    return outcomes, failures
+
+
+def _is_worth_telling(outcome: Outcome, best: Outcome) -> bool:
+    """The other ways of the same split, and the same way in other splits."""
+    return outcome is not best and (outcome.workload == best.workload or outcome.candidate == best.candidate)
 
 
 def _moving_blocks(request: Request, available: Mapping[str, type[Any]]) -> Request:
@@ -66,12 +94,12 @@ def _moving_blocks(request: Request, available: Mapping[str, type[Any]]) -> Requ
     return replace(request, asked={name: settings for name, settings in request.asked.items() if name not in moves})
 
 
-def _try_all(request: Request, found: list[Candidate]) -> tuple[list[Tried], list[TurnedDown]]:
+def _try_all(request: Request, found: list[Candidate], workload: Workload) -> tuple[list[Tried], list[TurnedDown]]:
     """What is known whatever the budget, and the candidates that this model does not take. What the user asked for must work."""
     tried, failures = [], []
     for candidate in found:
         try:
-            tried.append(_try(request, candidate))
+            tried.append(_try(request, candidate, workload))
         except TightfitError as error:
             if set(candidate.names) == set(request.asked):
                 raise
@@ -79,26 +107,35 @@ def _try_all(request: Request, found: list[Candidate]) -> tuple[list[Tried], lis
     return tried, failures
 
 
-def _try(request: Request, left_open: Candidate) -> Tried:
-    skeleton, workload, device = request.skeleton, request.workload, "cuda" if request.budget.compute_tier == "gpu" else "cpu"
+def _try(request: Request, left_open: Candidate, workload: Workload) -> Tried:
+    skeleton, device = request.skeleton, "cuda" if request.budget.compute_tier == "gpu" else "cpu"
     candidate = left_open.settled(device)
     with as_if_on(device):
         footprint = rehearse(skeleton.meta_model, workload, candidate.techniques)
         weights = weigh(skeleton, candidate.techniques, request.random_weights, tuned=workload.task == "tune")
-    return candidate, footprint, weights
+    return candidate, workload, footprint, weights
 
 
-def _extras(tried: list[Tried]) -> frozenset[str]:
+def _extras(outcomes: list[Outcome]) -> frozenset[str]:
     """What trying has loaded stays in the process that plans, and runs the plan at once."""
-    return frozenset(extra for _, _, weights in tried for extra in weights.extras)
+    return frozenset(extra for outcome in outcomes for extra in outcome.weights.extras)
+
+
+def _extras_of(tried: list[Tried]) -> frozenset[str]:
+    return frozenset(extra for *_, weights in tried for extra in weights.extras)
 
 
 def _outcomes(request: Request, tried: list[Tried], extras: frozenset[str], machine: Machine) -> list[Outcome]:
-    return [_outcome(request, candidate, footprint, replace(weights, extras=extras), machine) for candidate, footprint, weights in tried]
+    return [
+        _outcome(request, candidate, workload, footprint, replace(weights, extras=extras), machine)
+        for candidate, workload, footprint, weights in tried
+    ]
 
 
-def _outcome(request: Request, candidate: Candidate, footprint: Footprint, weights: Weights, machine: Machine) -> Outcome:
-    budget, workload, fast = request.budget, request.workload, request.budget.compute_tier
+def _outcome(
+    request: Request, candidate: Candidate, workload: Workload, footprint: Footprint, weights: Weights, machine: Machine
+) -> Outcome:
+    budget, fast = request.budget, request.budget.compute_tier
     room = {
         "gpu": _room(machine, "gpu", budget.gpu, weights.extras) - weights.outside,
         "ram": _room(machine, "ram", budget.ram, weights.extras) - (weights.passing if fast == "gpu" else weights.outside),
@@ -110,7 +147,7 @@ def _outcome(request: Request, candidate: Candidate, footprint: Footprint, weigh
     predicted = _predicted(request, footprint, weights, lowest, machine)
     needed = _needed(fast, predicted, weights, lowest, machine)
     expected = pace(footprint, weights, lowest, workload, budget, machine, candidate.names)
-    return Outcome(candidate, footprint, weights, residency, predicted, needed, expected)
+    return Outcome(candidate, workload, footprint, weights, residency, predicted, needed, expected)
 
 
 def _settle(
@@ -173,13 +210,14 @@ def _needed(
 
 def _turned_down(outcome: Outcome, best: Outcome, request: Request) -> TurnedDown:
     names = outcome.candidate.names
+    at_once = "" if outcome.workload == best.workload else f"{outcome.workload.rows} at a time: "
     if outcome.residency is None:
         tier = lacking(request, outcome)[0]
-        return TurnedDown(names, f"needs {show_bytes(total(outcome.needed[tier]))} on {tier}")
+        return TurnedDown(names, f"{at_once}needs {show_bytes(total(outcome.needed[tier]))} on {tier}")
     ratio = best.pace.whole / outcome.pace.whole
     if not allowed(outcome.candidate, request.quality, request.asked):
-        return TurnedDown(names, f"would be {ratio:.1f}x as fast, but keeps only `{outcome.candidate.quality}` quality")
-    return TurnedDown(names, f"slower: {1 / ratio:.1f}x the time")
+        return TurnedDown(names, f"{at_once}would be {ratio:.1f}x as fast, but keeps only `{outcome.candidate.quality}` quality")
+    return TurnedDown(names, f"{at_once}slower: {1 / ratio:.1f}x the time")
 
 
 def _plan(request: Request, best: Outcome, machine: Machine, turned_down: tuple[TurnedDown, ...]) -> Plan:
@@ -198,7 +236,7 @@ def _plan(request: Request, best: Outcome, machine: Machine, turned_down: tuple[
     notes = () if known else ("rates and overhead are guesses for an unknown machine; `tightfit probe` measures them",)
     return Plan(
         model=request.skeleton.name,
-        workload=request.workload,
+        workload=best.workload,
         budget=request.budget,
         quality=best.candidate.quality,
         techniques=settings,

@@ -72,5 +72,6 @@ def _helps(request: Request, outcomes: list[Outcome]) -> str:
     quality = "" if allowed(nearest.candidate, request.quality, request.asked) else f" with `--quality {nearest.candidate.quality}`"
     variable = sum(nearest.needed[tiers[0]].get(kind, 0) for kind in ("activations", "kv_cache"))
     if variable > sizes[tiers[0]] // 3:
-        return f"most of it grows with the tokens: try a smaller `--context` or `--batch`, or `{budgets}`{quality}"
+        smaller = "`--context`" if nearest.workload.micro_batch == 1 else "`--context` or `--batch`"
+        return f"most of it grows with the tokens: try a smaller {smaller}, or `{budgets}`{quality}"
     return f"`{budgets}`{quality} is {'the least that works' if len(tiers) == 1 else 'enough'}"

@@ -30,12 +30,15 @@ class Request:
 
 @dataclass(frozen=True)
 class Outcome:
-    """One candidate, tried: what it needs at least, and how it would run if it fits (`residency` is None if it does not).
+    """One candidate, tried on the workload as it would be split: what it needs at least, and how it would run.
+
+    `residency` is None if it does not fit.
 
     `predicted`: tier → kind → bytes at the peak of the run; `needed`: at the highest moment, loading included.
     """
 
     candidate: Candidate
+    workload: Workload
     footprint: Footprint
     weights: Weights
     residency: Residency | None

@@ -48,7 +48,9 @@ def pace(
         seconds = {"load": load, "prefill": prefill, "token": token, "stream": stream}
         often = writing if workload.new_tokens > 1 else reading
         return Pace(seconds, prefill + max(0, workload.new_tokens - 1) * token, often, stream)
-    compute, transfer = compute_seconds(footprint.work_of(""), fast, machine), (2 if workload.task == "tune" else 1) * stream
+    update = compute_seconds(footprint.work_of("optimizer"), fast, machine)
+    passed = compute_seconds(footprint.work_of(""), fast, machine) - update
+    compute, transfer = workload.passes * passed + update, workload.passes * (2 if workload.task == "tune" else 1) * stream
     step = max(compute, transfer)
     return Pace({"load": load, "step": step, "stream": stream}, step, compute, transfer)
 

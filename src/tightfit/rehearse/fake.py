@@ -55,7 +55,7 @@ def inputs_for(model: nn.Module, workload: Workload, make: Callable[..., Tensor]
     `make(shape, high)` gives whole numbers below `high`; by default zeros. For images the config sets the size.
     """
     ids = make or (lambda shape, high: torch.zeros(shape, dtype=torch.long))
-    config, batch = model.config, workload.batch
+    config, batch = model.config, workload.rows
     tuning = workload.task == "tune"
     if hasattr(config, "image_size"):
         size = config.image_size

@@ -62,7 +62,7 @@ def _rehearsed(model: nn.Module, workload: Workload) -> Footprint:
             if "overflow" not in str(error):
                 raise
             raise TightfitError(
-                f"{workload.batch} × {workload.context} tokens make tensors of more bytes than can be counted",
+                f"{workload.rows} × {workload.context} tokens make tensors of more bytes than can be counted",
                 hint="ask for a smaller `--context` or `--batch`",
             ) from error
 
@@ -96,7 +96,10 @@ def _generate(model: nn.Module, batch: dict[str, Any], workload: Workload, meter
 
 
 def _tune(model: nn.Module, batch: dict[str, Any], workload: Workload, meter: Meter) -> None:
-    """The second step of training: the first only makes the optimizer's state, which every later step finds there."""
+    """The second step of training: the first only makes the optimizer's state, which every later step finds there.
+
+    Of a batch that goes through in several passes the last is measured, which finds the gradients of those before it.
+    """
     model.train()
     optimizer = steps.make_optimizer(model, workload.optimizer)
     for parameter in model.parameters():
@@ -104,12 +107,15 @@ def _tune(model: nn.Module, batch: dict[str, Any], workload: Workload, meter: Me
             parameter.grad = torch.zeros_like(parameter)
             parameter.register_post_accumulate_grad_hook(lambda owner: meter.adopt([owner.grad], "gradients"))
     meter.enter("start")
-    optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
+    steps.update(optimizer)
     meter.adopt((value for state in optimizer.state.values() for value in state.values()), "optimizer")
+    if workload.passes > 1:
+        steps.backward(model, batch, 1 / workload.passes, workload.precision)
     meter.restart()
     meter.enter("forward")
-    steps.train_step(model, batch, optimizer, mark=meter.enter)
+    steps.backward(model, batch, 1 / workload.passes, workload.precision, meter.enter)
+    meter.enter("optimizer")
+    steps.update(optimizer)
 
 
 def _embed(model: nn.Module, batch: dict[str, Any], workload: Workload, meter: Meter) -> None:

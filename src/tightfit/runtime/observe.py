@@ -2,7 +2,7 @@
 
 import statistics
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from functools import wraps
 from typing import Any
 
@@ -22,6 +22,92 @@ from tightfit.terms.units import show_bytes
 Forward = Callable[..., Any]
 
 
+class Account:
+    """What a run takes: the highest metered moment, the process by the kernel's count, torch's allocator on a GPU."""
+
+    def __init__(self, built: Built) -> None:
+        self.built = built
+        self.peak: dict[str, int] = {}
+        self.on_gpu = built.device.type == "cuda"
+        self._load_peak = resident().peak
+        self._load_reserved = torch.cuda.max_memory_reserved() if self.on_gpu else 0
+        self._began = self._ended = 0.0
+
+    def begin(self) -> None:
+        """Running begins: loading's peaks are kept apart."""
+        reset_peak()
+        if self.on_gpu:
+            torch.cuda.reset_peak_memory_stats()
+        self._began = time.perf_counter()
+
+    def end(self) -> None:
+        """Running is over."""
+        self._ended = time.perf_counter()
+
+    def note(self, highest: Mapping[str, int]) -> None:
+        """Keep these bytes by kind if they are more than any before."""
+        if total(highest) > total(self.peak):
+            self.peak = dict(highest)
+
+    def weights(self) -> Iterable[torch.Tensor]:
+        """The tensors that are there whatever runs."""
+        yield from self.built.model.parameters()
+        yield from self.built.model.buffers()
+        if self.built.stream:
+            yield from self.built.stream.memory()
+
+    def refuse_overrun(self) -> None:
+        """Stop rather than go on above the budget: whoever set it shares the machine with others."""
+        budget = self.built.plan.budget
+        held = [("the process", resident().total, "RAM", budget.ram)]
+        if self.on_gpu:
+            held.append(("torch's allocator", torch.cuda.memory_reserved(), "GPU memory", budget.gpu))
+        for who, size, memory, cap in held:
+            if size > cap:
+                raise TightfitError(
+                    f"stopped: {who} holds {show_bytes(size)} of {memory}, its budget is {show_bytes(cap)}",
+                    hint="`tightfit probe` measures this machine's overhead, then plans are exact",
+                )
+
+    def report(
+        self,
+        seconds: Mapping[str, float],
+        tokens: int,
+        complete: bool,
+        text: str = "",
+        notes: Iterable[str] = (),
+        scores: Mapping[str, float] | None = None,
+    ) -> Report:
+        """What was seen, held against the plan."""
+        now = resident()
+        traffic = self.built.stream.traffic() if self.built.stream else None
+        whole = {"whole": self._ended - self._began, "waited": traffic.seconds_waited if traffic else 0.0}
+        return Report(
+            plan=self.built.plan,
+            measured=self._gpu_kinds() if self.on_gpu else self.peak,
+            process={"load_peak": self._load_peak, "run_peak": now.peak, "anonymous": now.anonymous, "file": now.file},
+            seconds={"load": self.built.load_seconds, **seconds, **whole},
+            gpu=self._gpu_peaks() if self.on_gpu else {},
+            moved_bytes=traffic.bytes_moved if traffic else 0,
+            tokens=tokens,
+            complete=complete,
+            text=text,
+            notes=(*kernel_notes(self.built.model), *notes),
+            scores=scores or {},
+        )
+
+    def _gpu_kinds(self) -> dict[str, int]:
+        """torch's allocator knows only the sum; weights are counted, the rest is what ran beside them."""
+        weights = {tensor.untyped_storage()._cdata: tensor.untyped_storage().nbytes() for tensor in self.weights() if tensor.is_cuda}
+        held = sum(weights.values())
+        return {"weights": held, "activations": max(0, torch.cuda.max_memory_allocated() - held)}
+
+    def _gpu_peaks(self) -> dict[str, int]:
+        """Of torch's allocator, while running and while loading."""
+        running = {"allocated": torch.cuda.max_memory_allocated(), "reserved": torch.cuda.max_memory_reserved()}
+        return running | {"load_reserved": self._load_reserved}
+
+
 class Observer:
     """Wraps the forward pass of the model, and that of its encoder, which `generate` calls by itself before the first pass.
 
@@ -31,54 +117,39 @@ class Observer:
 
     def __init__(self, built: Built) -> None:
         self.built = built
+        self.account = Account(built)
         self.passes = 0
         self.pass_seconds: list[float] = []
-        self.peak: dict[str, int] = {}
         self._last = max(1, built.plan.workload.new_tokens) if built.plan.workload.task == "generate" else 1
         self._longest = 0  # token ids that one pass was given
         self._encoder_seconds = 0.0
         self._wrapped: list[tuple[nn.Module, Forward]] = []
-        self._load_peak = resident().peak
-        self._load_reserved = torch.cuda.max_memory_reserved() if self._on_gpu() else 0
+
+    @property
+    def peak(self) -> dict[str, int]:
+        """Bytes by kind at the highest metered moment."""
+        return self.account.peak
 
     def __enter__(self) -> "Observer":
-        reset_peak()
-        if self._on_gpu():
-            torch.cuda.reset_peak_memory_stats()
         self._wrap(self.built.model, self._pass)
         if self.built.model.config.is_encoder_decoder:
             self._wrap(self.built.model.get_encoder(), self._encoder_pass)
-        self._began = time.perf_counter()
+        self.account.begin()
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.whole = time.perf_counter() - self._began
+        self.account.end()
         for module, forward in self._wrapped:
             module.forward = forward
 
     def report(self, tokens: int, text: str = "") -> Report:
         """What was seen, held against the plan."""
-        now = resident()
-        traffic = self.built.stream.traffic() if self.built.stream else None
         later = self.pass_seconds[1:] or self.pass_seconds
-        return Report(
-            plan=self.built.plan,
-            measured=self.peak if not self._on_gpu() else self._gpu_kinds(),
-            process={"load_peak": self._load_peak, "run_peak": now.peak, "anonymous": now.anonymous, "file": now.file},
-            seconds={
-                "load": self.built.load_seconds,
-                "first_token": self.pass_seconds[0] if self.pass_seconds else 0.0,
-                "per_token": statistics.median(later) if later else 0.0,
-                "whole": self.whole,
-                "waited": traffic.seconds_waited if traffic else 0.0,
-            },
-            gpu=self._gpu_peaks() if self._on_gpu() else {},
-            moved_bytes=traffic.bytes_moved if traffic else 0,
-            tokens=tokens,
-            complete=self._is_complete(),
-            text=text,
-            notes=tuple(kernel_notes(self.built.model)),
-        )
+        seconds = {
+            "first_token": self.pass_seconds[0] if self.pass_seconds else 0.0,
+            "per_token": statistics.median(later) if later else 0.0,
+        }
+        return self.account.report(seconds, tokens, self._is_complete(), text)
 
     def _wrap(self, module: nn.Module, observed: Callable[[Forward, Any, Any], Any]) -> None:
         forward = module.forward
@@ -108,15 +179,15 @@ class Observer:
     def _run(self, forward: Forward, args: Any, kwargs: Any, metered: bool) -> Any:
         ids = kwargs.get("input_ids")
         self._longest = max(self._longest, 0 if ids is None else ids.numel())
-        result = self._metered(forward, args, kwargs) if metered and not self._on_gpu() else forward(*args, **kwargs)
-        if self._on_gpu():
+        result = self._metered(forward, args, kwargs) if metered and not self.account.on_gpu else forward(*args, **kwargs)
+        if self.account.on_gpu:
             torch.cuda.synchronize()
-        self._refuse_overrun()
+        self.account.refuse_overrun()
         return result
 
     def _metered(self, forward: Forward, args: Any, kwargs: Any) -> Any:
         meter = Meter()
-        meter.adopt(self._weights(), "weights")
+        meter.adopt(self.account.weights(), "weights")
         meter.adopt(tree_iter(kwargs.get("encoder_outputs")), "activations")
         cache = kwargs.get("past_key_values")
         meter.adopt(_cached(cache), "kv_cache")
@@ -127,47 +198,13 @@ class Observer:
         moved = min(max(0, grown), highest.get("activations", 0))  # what the cache took during this pass was counted as activations
         highest["kv_cache"] = highest.get("kv_cache", 0) + moved
         highest["activations"] = highest.get("activations", 0) - moved
-        if total(highest) > total(self.peak):
-            self.peak = highest
+        self.account.note(highest)
         return result
 
     def _is_complete(self) -> bool:
         """Whether as much ran as the plan foresaw: its passes, and one of them over as many tokens (a prompt may be shorter)."""
         work = self.built.plan.workload
-        return self.passes >= self._last and self._longest >= work.batch * work.tokens
-
-    def _weights(self) -> Iterable[torch.Tensor]:
-        yield from self.built.model.parameters()
-        yield from self.built.model.buffers()
-        if self.built.stream:
-            yield from self.built.stream.memory()
-
-    def _gpu_kinds(self) -> dict[str, int]:
-        """torch's allocator knows only the sum; weights are counted, the rest is what ran beside them."""
-        weights = {tensor.untyped_storage()._cdata: tensor.untyped_storage().nbytes() for tensor in self._weights() if tensor.is_cuda}
-        held = sum(weights.values())
-        return {"weights": held, "activations": max(0, torch.cuda.max_memory_allocated() - held)}
-
-    def _gpu_peaks(self) -> dict[str, int]:
-        """Of torch's allocator, while running and while loading."""
-        running = {"allocated": torch.cuda.max_memory_allocated(), "reserved": torch.cuda.max_memory_reserved()}
-        return running | {"load_reserved": self._load_reserved}
-
-    def _on_gpu(self) -> bool:
-        return self.built.device.type == "cuda"
-
-    def _refuse_overrun(self) -> None:
-        """Stop rather than go on above the budget: whoever set it shares the machine with others."""
-        budget = self.built.plan.budget
-        held = [("the process", resident().total, "RAM", budget.ram)]
-        if self._on_gpu():
-            held.append(("torch's allocator", torch.cuda.memory_reserved(), "GPU memory", budget.gpu))
-        for who, size, memory, cap in held:
-            if size > cap:
-                raise TightfitError(
-                    f"stopped: {who} holds {show_bytes(size)} of {memory}, its budget is {show_bytes(cap)}",
-                    hint="`tightfit probe` measures this machine's overhead, then plans are exact",
-                )
+        return self.passes >= self._last and self._longest >= work.rows * work.tokens
 
 
 def _cached(cache: Any) -> list[torch.Tensor]:

@@ -8,9 +8,12 @@ with `labels` gives no logits.
 goes through the head, its scaling or soft cap, and cross-entropy in float32; its gradient follows before the next slice begins.
 *Shapes*: hidden (batch, tokens, width) → loss (); a slice's logits are (slice, vocabulary).
 *Relations*: with `recompute` it takes the two largest activations away; whatever the head is (dense, quantized, adapted), it is called.
+In `Trainer` a metric that reads logits gets none, and label smoothing or another loss, computed outside the model, sees whole ones.
+TRL's trainers slice with a head of their own.
 *Paper*: the slicing of Wijmans et al. 2024, Cut Your Losses in Large-Vocabulary Language Models, section 4, without its kernel.
 """
 
+import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -174,4 +177,6 @@ class ChunkedLoss:
             )
         if self.tokens < 1:
             raise TightfitError(f"`chunked_loss:tokens` is at least 1, not {self.tokens}", hint="256 suits most models")
-        model.forward = partial(_with_chunked_loss, model, model.forward, self.tokens)
+        changed = partial(_with_chunked_loss, model, model.forward, self.tokens)
+        changed.__signature__ = inspect.signature(model.forward)  # type: ignore[attr-defined]  # `generate` and `Trainer` go by it
+        model.forward = changed

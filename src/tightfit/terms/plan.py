@@ -32,6 +32,7 @@ class Plan:
     - `techniques`: name → settings, as `tightfit list` names them (streaming is `offload`);
     - `residency`: for each block by position the tier where its weights rest (`gpu`, `ram` or `disk`);
     - `predicted`: tier → kind → bytes at the peak; `phases`: the compute tier's peak of every phase;
+    - `adapter`: the folder of what was learned on the model, if any;
     - `seconds`: `load`, and `prefill`, `token` and `stream` (generate) or `step` (tune, embed).
     """
 
@@ -46,6 +47,7 @@ class Plan:
     seconds: Mapping[str, float]
     streamed_bytes: int = 0
     random_weights: bool = False
+    adapter: str = ""
     reasons: tuple[str, ...] = ()
     turned_down: tuple[TurnedDown, ...] = ()
     notes: tuple[str, ...] = field(default=())

@@ -20,9 +20,11 @@ class Report:
     - `measured`: the compute tier's bytes by kind at the peak of the passes that were metered (tensors, no overhead);
     - `process`: the whole process by the kernel's count: `load_peak`, `run_peak`, `anonymous`, `file`, bytes;
     - `gpu`: `allocated` and `reserved` peaks of torch's allocator, and `load_reserved` while loading, bytes; empty without a GPU;
-    - `seconds`: `load`, `first_token`, `per_token` (median), `whole`, and `waited` for weights that were not there yet;
+    - `seconds`: `load`, `first_token` and `per_token` (median), or of tuning `first_step` and `step` (median), `whole`, and `waited`
+      for weights that were not there yet;
     - `moved_bytes`: what streaming moved; `tokens`: how many were written; `complete`: whether the whole planned workload ran;
-    - `notes`: which kernels the quantized layers multiply with, so that a slow path is never a silent one.
+    - `notes`: which kernels the quantized layers multiply with, so that a slow path is never a silent one;
+    - `scores`: how well it went, such as `loss` and `held_out_loss` of tuning.
     """
 
     plan: Plan
@@ -35,6 +37,7 @@ class Report:
     complete: bool = True
     text: str = ""
     notes: tuple[str, ...] = ()
+    scores: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def measured_bytes(self) -> int:
@@ -76,9 +79,10 @@ class Report:
     def from_json(cls, values: Mapping[str, Any]) -> "Report":
         """The report of `to_json`. Raises `TightfitError` for anything else."""
         try:
-            Plan.from_json(values["plan"])
+            plan = Plan.from_json(values["plan"])
             report: Report = restore(cls, values)
-            if missing := {"load_peak", "run_peak"} - report.process.keys() | {"load", "first_token", "per_token"} - report.seconds.keys():
+            times = {"load", "first_step", "step"} if plan.workload.task == "tune" else {"load", "first_token", "per_token"}
+            if missing := {"load_peak", "run_peak"} - report.process.keys() | times - report.seconds.keys():
                 raise TypeError(f"without {', '.join(sorted(missing))}")
         except (KeyError, TypeError) as error:
             raise TightfitError(

@@ -4,6 +4,8 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 Task = Literal["generate", "tune", "embed"]
+Precision = Literal["no", "bf16"]
+"""Mixed precision, in accelerate's words."""
 
 
 @dataclass(frozen=True)
@@ -11,7 +13,9 @@ class Workload:
     """One kind of work.
 
     - `generate`: a prompt of `tokens` is read, then `new_tokens` are written one by one;
-    - `tune`: one training step over `tokens` (forward, backward, `optimizer`);
+    - `tune`: one training step over `batch` sequences of `tokens` (forward, backward, `optimizer`), `micro_batch` at a time, the
+      gradients summed, products in `precision` (`no`: as the weights are stored). A `micro_batch` of 0 leaves it to the planner, and
+      is the whole batch everywhere else;
     - `embed`: one forward pass over `tokens` (for images the model sets the length).
 
     For encoder–decoder models `tokens` is the encoder's length and, when tuning, the decoder's too.
@@ -22,6 +26,18 @@ class Workload:
     tokens: int = 512
     new_tokens: int = 128
     optimizer: str = "adamw"
+    micro_batch: int = 0
+    precision: Precision = "no"
+
+    @property
+    def rows(self) -> int:
+        """Sequences that go through the model at once."""
+        return self.micro_batch or self.batch
+
+    @property
+    def passes(self) -> int:
+        """How many forward (and backward) passes the batch takes."""
+        return -(-self.batch // self.rows)
 
     @property
     def context(self) -> int:

@@ -1,6 +1,8 @@
 """Verbs: each job as one call, for Python users and for the command line. They only pass values from room to room."""
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 from torch import nn
@@ -12,7 +14,8 @@ from tightfit.describe.skeleton import Skeleton
 from tightfit.describe.source import describe
 from tightfit.planner.choose import choose
 from tightfit.planner.outcome import Request
-from tightfit.runtime.build import Progress, build
+from tightfit.runtime.adapters import check_adapter, load_adapter, read_adapter
+from tightfit.runtime.build import Built, Progress, build
 from tightfit.runtime.evaluate import Score, check_scorable, perplexity, read_text
 from tightfit.runtime.generate import Listener, Sampling, generate
 from tightfit.runtime.process import keep_heap_tight
@@ -42,20 +45,22 @@ def plan(
     random_weights: bool = False,
     machine: Machine | None = None,
     alternatives: bool = False,
+    adapter: str = "",
 ) -> Plan:
     """Say beforehand what will happen: the fastest way to do `workload` inside `budget`, its bytes by tier and kind, and its pace.
 
     No weight is read. With `alternatives` the plan also says what other qualities would give; trying them loads their libraries into
-    this process, so leave it out where the plan is run at once. Raises `DoesNotFit` when nothing stays inside the budget, and
-    `TightfitError` for faults of the input.
+    this process, so leave it out where the plan is run at once. `adapter` is a folder that `tune` or PEFT wrote. Raises `DoesNotFit`
+    when nothing stays inside the budget, and `TightfitError` for faults of the input.
     """
     workload, budget = workload or Workload(), budget or Budget.here()
     if quality not in QUALITIES:
         raise TightfitError(f"no quality is called `{quality}`", hint=near(quality, QUALITIES))
     skeleton = model if isinstance(model, Skeleton) else describe(model, workload.task, random_weights, fetch=False)
     check_lengths(skeleton.config, workload.tokens, workload.new_tokens if workload.task == "generate" else 0)
-    request = Request(skeleton, workload, budget, quality, _settings(techniques), random_weights, alternatives)
-    return choose(request, machine or Machine.here(), catalog.techniques())
+    asked = settings_of(techniques) | (_settings_of_adapter(adapter, skeleton) if adapter else {})
+    request = Request(skeleton, workload, budget, quality, asked, random_weights, alternatives)
+    return replace(choose(request, machine or Machine.here(), catalog.techniques()), adapter=adapter)
 
 
 def plan_prompt(
@@ -67,6 +72,7 @@ def plan_prompt(
     techniques: Asked = (),
     random_weights: bool = False,
     chat: bool = False,
+    adapter: str = "",
 ) -> Plan:
     """The plan for writing `new_tokens` after exactly this prompt, for `run`. Raises as `plan` does, and for a shape without weights."""
     skeleton = describe(model, random_weights=random_weights, fetch=False)
@@ -74,7 +80,7 @@ def plan_prompt(
         refuse_weightless(skeleton)
     tokens = encode(skeleton, prompt, chat, new_tokens).length
     workload = Workload("generate", 1, tokens, new_tokens)
-    return plan(skeleton, workload, budget, quality, techniques, random_weights)
+    return plan(skeleton, workload, budget, quality, techniques, random_weights, adapter=adapter)
 
 
 def plan_text(
@@ -83,11 +89,12 @@ def plan_text(
     budget: Budget | None = None,
     quality: Quality = "exact",
     techniques: Asked = (),
+    adapter: str = "",
 ) -> Plan:
     """The plan for scoring a text in windows of `window` tokens, for `evaluate`; by default 512, or what the model has positions for."""
     skeleton = describe(model, fetch=False)
     tokens = window or min(WINDOW, positions_of(skeleton.config) or WINDOW)
-    return plan(skeleton, Workload("embed", 1, tokens), budget, quality, techniques)
+    return plan(skeleton, Workload("embed", 1, tokens), budget, quality, techniques, adapter=adapter)
 
 
 def run(
@@ -112,7 +119,7 @@ def run(
             f"the prompt has {encoded.length} tokens; the plan allows {planned.workload.tokens}",
             hint="plan again with a larger `--context`",
         )
-    with build(planned, skeleton, progress) as built:
+    with _built(planned, skeleton, progress) as built:
         return generate(built, encoded, sampling, listen)
 
 
@@ -128,7 +135,7 @@ def evaluate(planned: Plan, file: str, progress: Callable[[int, int], None] = la
         raise TightfitError(
             f"`{planned.model}` has no tokenizer, so a text cannot be scored", hint="put `tokenizer.json` beside the weights"
         )
-    with build(planned, skeleton) as built:
+    with _built(planned, skeleton) as built:
         return perplexity(built, ids, len(text.encode()), planned.workload.tokens, progress)
 
 
@@ -137,13 +144,34 @@ def apply(model: nn.Module, techniques: Asked) -> nn.Module:
 
     For other people's loops: the result is an ordinary module that Hugging Face `Trainer` and `generate` take.
     """
-    chosen = [catalog.make(name, settings) for name, settings in _settings(techniques).items()]
+    chosen = [catalog.make(name, settings) for name, settings in settings_of(techniques).items()]
     for technique in sorted(chosen, key=lambda technique: technique.stage):
         technique.apply(model)
     return model
 
 
-def _settings(techniques: Asked) -> dict[str, Mapping[str, Any]]:
+@contextmanager
+def _built(planned: Plan, skeleton: Skeleton, progress: Progress = lambda done, whole: None) -> Iterator[Built]:
+    """The planned model, with what its adapter has learned."""
+    adapter = read_adapter(planned.adapter) if planned.adapter else None
+    with build(planned, skeleton, progress) as built:
+        if adapter:
+            check_adapter(adapter, skeleton)
+            load_adapter(built, adapter)
+        yield built
+
+
+def _settings_of_adapter(folder: str, skeleton: Skeleton) -> dict[str, Mapping[str, Any]]:
+    """The technique by which the adapter in `folder` was made, to be applied again."""
+    adapter = read_adapter(folder)
+    if not adapter.technique:
+        raise TightfitError(f"`{folder}` holds a whole model, not an adapter", hint=f"name it in place of `{skeleton.name}`")
+    check_adapter(adapter, skeleton)
+    return {adapter.technique: adapter.settings}
+
+
+def settings_of(techniques: Asked) -> dict[str, Mapping[str, Any]]:
+    """Settings by name of technique, whichever way they were asked for."""
     if isinstance(techniques, Mapping):
-        return dict(techniques)
+        return {name: dict(settings) for name, settings in techniques.items()}
     return dict(catalog.parse(text) for text in techniques)

@@ -14,30 +14,14 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
+from tightfit.cli.options import Json, Model, QualityOption, Random, Size, Techniques, app, one_of, quiet, shown
 from tightfit.talk import bar, complain, emit, out, refuse_unwritable, talk, write
 from tightfit.terms.budget import Budget
 from tightfit.terms.errors import TightfitError, near
 from tightfit.terms.plan import Plan
 from tightfit.terms.workload import Workload
 
-app = typer.Typer(
-    name="tightfit",
-    help=__import__("tightfit").__doc__.split("\n")[0],
-    no_args_is_help=True,
-    add_completion=False,
-    pretty_exceptions_enable=False,
-)
-
-Model = Annotated[str, typer.Argument(help="A folder, a preset (see `tightfit list`), or a Hugging Face id.", show_default=False)]
-Size = Annotated[str | None, typer.Option(help="A size such as 6GiB or 6GB.", show_default=False)]
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
-Techniques = Annotated[
-    list[str] | None, typer.Option("--technique", help="NAME or NAME:key=value,…; may be given again.", show_default=False)
-]
-QualityOption = Annotated[str, typer.Option(help="exact: stored precision; near: at least 4 bits; small: anything.")]
-Random = Annotated[
-    bool, typer.Option("--random-weights", help="Run the shape without its weights: for memory and speed, never for quality.")
-]
+Adapter = Annotated[str, typer.Option(help="The folder that `tightfit tune` or PEFT wrote.", show_default=False)]
 
 
 @app.command("plan")
@@ -57,14 +41,14 @@ def plan_command(
     save: Annotated[str | None, typer.Option(help="Write the plan to this file, for `run --plan`.", show_default=False)] = None,
 ) -> None:
     """Say beforehand what a model will take and how fast it will be, without loading a weight."""
-    workload = Workload(_task(task), batch, context, max_new_tokens)
+    workload = Workload(one_of("task", task, "generate", "tune", "embed"), batch, context, max_new_tokens)
     refuse_unwritable(save)
-    _quiet()
+    quiet()
     from tightfit import verbs
 
     with talk.status(f"rehearsing {escape(model)}"):
         planned = verbs.plan(model, workload, Budget.parse(gpu, ram, disk), quality, technique or (), random_weights, alternatives=True)
-    emit(planned.to_json(), as_json) or _show().show_plan(planned, out)
+    emit(planned.to_json(), as_json) or shown().show_plan(planned, out)
     if save:
         write(save, planned.to_json())
 
@@ -78,6 +62,7 @@ def run_command(
     gpu: Size = None,
     ram: Size = None,
     disk: Size = None,
+    adapter: Adapter = "",
     technique: Techniques = None,
     quality: QualityOption = "exact",
     plan: Annotated[str | None, typer.Option(help="Repeat the plan in this file.", show_default=False)] = None,
@@ -95,7 +80,7 @@ def run_command(
     if (model is None) == (plan is None):
         raise TightfitError("name a model, or a plan with `--plan`, and not both", hint="`tightfit run tightfit-demo --prompt Hello`")
     refuse_unwritable(save_report)
-    _quiet()
+    quiet()
     if plan:
         _refuse_replanning(context)
         planned = Plan.load(plan)
@@ -104,10 +89,10 @@ def run_command(
 
         with talk.status(f"rehearsing {escape(model or '')}"):
             planned = verbs.plan_prompt(
-                model or "", prompt, max_new_tokens, Budget.parse(gpu, ram, disk), quality, technique or (), random_weights, chat
+                model or "", prompt, max_new_tokens, Budget.parse(gpu, ram, disk), quality, technique or (), random_weights, chat, adapter
             )
     report = _run(planned, prompt, chat, as_json, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed, stop=tuple(stop or ()))
-    emit(report.to_json(), as_json) or _show().show_report(report, talk)
+    emit(report.to_json(), as_json) or shown().show_report(report, talk)
     if save_report:
         write(save_report, report.to_json())
 
@@ -123,18 +108,18 @@ def eval_command(
     context: Annotated[
         int | None, typer.Option(min=2, help="Tokens in a window; 512, or what the model has positions for.", show_default=False)
     ] = None,
+    adapter: Adapter = "",
     technique: Techniques = None,
     quality: QualityOption = "exact",
     as_json: Json = False,
 ) -> None:
     """Measure how well a model predicts a text, inside the budget."""
-    if metric != "perplexity":
-        raise TightfitError(f"no metric is called `{metric}`", hint=near(metric, ["perplexity"]))
-    _quiet()
+    one_of("metric", metric, "perplexity")
+    quiet()
     from tightfit import verbs
 
     with talk.status(f"rehearsing {escape(model)}"):
-        planned = verbs.plan_text(model, context, Budget.parse(gpu, ram, disk), quality, technique or ())  # type: ignore[arg-type]
+        planned = verbs.plan_text(model, context, Budget.parse(gpu, ram, disk), quality, technique or (), adapter)  # type: ignore[arg-type]
     with bar("evaluating", not as_json, "tokens") as progress:
         score = verbs.evaluate(planned, data, progress)
     values = {
@@ -145,7 +130,7 @@ def eval_command(
     }
     if not emit(values, as_json):
         out.print(f"perplexity {score.perplexity:.3f}   bits per byte {score.bits_per_byte:.4f}   over {score.tokens} tokens")
-        _show().show_report(score.report, talk)
+        shown().show_report(score.report, talk)
 
 
 @app.command("probe")
@@ -178,7 +163,7 @@ def report_command(file: Annotated[str, typer.Argument(help="A report that `run 
         raise TightfitError(
             f"`{file}` is not a report of tightfit", hint="write one with `tightfit run … --save-report report.json`"
         ) from error
-    emit(report.to_json(), as_json) or _show().show_report(report, out)
+    emit(report.to_json(), as_json) or shown().show_report(report, out)
 
 
 @app.command("list")
@@ -236,6 +221,9 @@ def demo_command(as_json: Json = False) -> None:
     emit(demo(Console(file=StringIO()) if as_json else out), as_json)
 
 
+from tightfit.cli import tuning  # noqa: E402, F401  # its verbs join the app
+
+
 def main() -> None:
     """The entry point: runs a verb; what the user can mend is one clear line and a hint, with exit code 1."""
     try:
@@ -265,16 +253,9 @@ def main() -> None:
         sys.exit(70)
 
 
-def _task(name: str) -> Any:
-    tasks = ("generate", "tune", "embed")
-    if name not in tasks:
-        raise TightfitError(f"no task is called `{name}`", hint=near(name, tasks))
-    return name
-
-
 def _refuse_replanning(context: typer.Context) -> None:
     """A saved plan is repeated as it is: what would change it is refused, not ignored."""
-    deciding = ("gpu", "ram", "disk", "technique", "quality", "max_new_tokens", "random_weights")
+    deciding = ("gpu", "ram", "disk", "technique", "quality", "max_new_tokens", "random_weights", "adapter")
     given = [name for name in deciding if context.get_parameter_source(name).name == "COMMANDLINE"]  # type: ignore[union-attr]
     if given:
         named = ", ".join(f"`--{name.replace('_', '-')}`" for name in given)
@@ -282,12 +263,12 @@ def _refuse_replanning(context: typer.Context) -> None:
 
 
 def _run(planned: Plan, prompt: str, chat: bool, as_json: bool, **sampling: Any) -> Any:
-    _quiet()
+    quiet()
     from tightfit import verbs
     from tightfit.runtime.generate import Sampling
 
     if not as_json:
-        _show().show_plan(planned, talk)
+        shown().show_plan(planned, talk)
     told: list[str] = []
 
     def listen(piece: str) -> None:
@@ -301,16 +282,3 @@ def _run(planned: Plan, prompt: str, chat: bool, as_json: bool, **sampling: Any)
     if not as_json:
         out.print("" if told else f"(no tokenizer beside the weights: words stood for arbitrary ids, and {report.tokens} ids were written)")
     return report
-
-
-def _quiet() -> None:
-    from tightfit.runtime.process import keep_heap_tight, keep_quiet
-
-    keep_quiet()
-    keep_heap_tight()
-
-
-def _show() -> Any:
-    from tightfit import show
-
-    return show

@@ -1,0 +1,188 @@
+"""Verbs of tuning: read what is to be learned, plan for it, tune, export. They only pass values from room to room."""
+
+import os
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from tightfit import catalog
+from tightfit.contracts import Quality, Stage
+from tightfit.data.records import read_records
+from tightfit.data.text import Samples, encode_records
+from tightfit.describe.lengths import check_lengths, positions_of
+from tightfit.describe.skeleton import Skeleton
+from tightfit.describe.source import describe
+from tightfit.runtime.build import Progress, build
+from tightfit.runtime.process import keep_heap_tight
+from tightfit.runtime.tokens import load_tokenizer
+from tightfit.runtime.weights import refuse_weightless
+from tightfit.terms.budget import Budget
+from tightfit.terms.errors import TightfitError
+from tightfit.terms.plan import Plan
+from tightfit.terms.report import Report
+from tightfit.terms.tuning import Tuning
+from tightfit.terms.workload import Precision, Workload
+from tightfit.verbs import Asked, plan, settings_of
+
+LONGEST = 1024
+"""Tokens at which a sample is cut where nobody says at how many; shorter where the model has fewer positions."""
+
+
+def read_lesson(
+    model: str,
+    data: str,
+    context: int = 0,
+    tuning: Tuning | None = None,
+    held_out: str | None = None,
+    progress: Callable[[int, int], None] = lambda done, whole: None,
+) -> Any:
+    """What a run learns from: the samples of `data` in the model's tokens, cut at `context`, and those of `held_out`.
+
+    Raises `TightfitError` for files that cannot be read, too many unreadable lines, and a model without a tokenizer.
+    """
+    from tightfit.runtime.tune import Lesson
+
+    tuning, skeleton = tuning or Tuning(), describe(model, "tune", fetch=False)
+    refuse_weightless(skeleton)
+    tokenizer, config = load_tokenizer(skeleton), skeleton.config
+    most = context or min(LONGEST, positions_of(config) or LONGEST)
+    check_lengths(config, most)
+
+    def encoded(file: str) -> Samples:
+        records = read_records(file, tuning.bad_share)
+        return encode_records(records, tokenizer, most, tuning.learn, tuning.packing, config.is_encoder_decoder, progress=progress)
+
+    pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    return Lesson(encoded(data), encoded(held_out) if held_out else None, pad_id)
+
+
+def plan_tuning(
+    model: str | Skeleton,
+    lesson: Any,
+    batch: int = 8,
+    budget: Budget | None = None,
+    quality: Quality = "exact",
+    techniques: Asked = ("lora",),
+    micro_batch: int = 0,
+    precision: Precision = "no",
+    alternatives: bool = False,
+) -> Plan:
+    """The plan for tuning on `lesson` (`read_lesson`) with `batch` samples an update; without techniques the whole model is tuned.
+
+    The micro-batch is the planner's choice unless it is said. `chunked_loss` comes along wherever the model predicts tokens: it costs
+    nothing. Raises as `plan`.
+    """
+    skeleton = model if isinstance(model, Skeleton) else describe(model, "tune", fetch=False)
+    asked = settings_of(techniques)
+    if skeleton.meta_model().get_output_embeddings() is not None:
+        asked.setdefault("chunked_loss", {})
+    batch = min(batch, len(lesson.samples))
+    workload = Workload("tune", batch, lesson.samples.longest, micro_batch=min(micro_batch, batch), precision=precision)
+    frozen = computed_in(skeleton, precision, asked)
+    budget, held = budget or Budget.here(), lesson.held_bytes
+    planned = plan(frozen, workload, replace(budget, ram=budget.ram - held), quality, asked, alternatives=alternatives)
+    ram = planned.predicted["ram"]
+    return replace(planned, budget=budget, predicted={**planned.predicted, "ram": {**ram, "overhead": ram["overhead"] + held}})
+
+
+def computed_in(skeleton: Skeleton, precision: Precision, techniques: Mapping[str, Any]) -> Skeleton:
+    """The model as it is loaded: a frozen base in the precision that it computes in, for autocast would keep a cast copy of each weight."""
+    if precision == "no" or not trains(techniques):
+        return skeleton
+    return replace(skeleton, dtype=torch.bfloat16)
+
+
+def trains(techniques: Asked) -> bool:
+    """Whether one of `techniques` adds what is trained, and freezes the model."""
+    return any(catalog.technique(name).stage == Stage.ADAPT for name in settings_of(techniques))
+
+
+def tune(
+    planned: Plan,
+    lesson: Any,
+    out: str,
+    tuning: Tuning | None = None,
+    resume: bool = False,
+    trackers: Iterable[str] = (),
+    progress: Progress = lambda done, whole: None,
+    watch: Callable[[int, int, float], None] = lambda done, whole, loss: None,
+) -> Report:
+    """Carry `planned` out: load inside the budget, learn `lesson`, leave the adapter and its checkpoints in `out`, and report.
+
+    With `resume` a run that was interrupted goes on from its last checkpoint. `trackers` are accelerate's (`tensorboard`, `wandb`, …).
+    Raises `TightfitError` for a plan of another kind, a folder that is in use, another request than that which is resumed, and a loss
+    that is not finite.
+    """
+    from tightfit.runtime import checkpoint
+    from tightfit.runtime.adapters import facts_of
+    from tightfit.runtime.tune import tune as run_loop
+
+    if planned.workload.task != "tune":
+        raise TightfitError(f"the plan is for `{planned.workload.task}`, not for tuning", hint="plan again with `--task tune`")
+    tuning, folder = tuning or Tuning(), Path(out)
+    keep_heap_tight()
+    skeleton = describe(planned.model, "tune", random_weights=planned.random_weights)
+    facts = facts_of(skeleton)
+    skeleton = computed_in(skeleton, planned.workload.precision, planned.techniques)
+    accelerator = _accelerator(planned, folder, trackers)
+    request = request_of(planned, lesson, tuning, facts["digest"])
+    if accelerator.is_main_process:
+        if resume:
+            checkpoint.check_resumable(folder, request)
+        else:
+            checkpoint.begin(folder, request, planned)
+    accelerator.wait_for_everyone()
+    accelerator.init_trackers("", {})
+    torch.manual_seed(tuning.seed)
+    with build(planned, skeleton, progress) as built:
+        checkpoints = checkpoint.Checkpoints(folder, accelerator, {**facts, "tuning": asdict(tuning)}, tuning.keep)
+        return run_loop(built, lesson, tuning, checkpoints, accelerator, resume, watch)
+
+
+def budget_of(out: str) -> Budget:
+    """The budget of the run in `out`, which a resumed one keeps. Raises `TightfitError` where there is none."""
+    from tightfit.runtime.checkpoint import plan_of_run
+
+    return plan_of_run(Path(out)).budget
+
+
+def request_of(planned: Plan, lesson: Any, tuning: Tuning, base: str) -> dict[str, Any]:
+    """What a run was asked, so far as its losses depend on it: where blocks rest does not change them."""
+    work = planned.workload
+    moving = {name for name in planned.techniques if catalog.technique(name).stage == Stage.MOVE}
+    return {
+        "model": planned.model,
+        "base": base,
+        "data": lesson.samples.digest,
+        "held-out data": lesson.held_out.digest if lesson.held_out else "",
+        "batch": work.batch,
+        "micro-batch": work.rows,
+        "context": work.tokens,
+        "precision": work.precision,
+        "techniques": {name: dict(settings) for name, settings in planned.techniques.items() if name not in moving},
+        **{f"setting `{name}`": value for name, value in asdict(tuning).items()},
+    }
+
+
+def _accelerator(planned: Plan, folder: Path, trackers: Iterable[str]) -> Any:
+    """Devices, processes and trackers as `accelerate launch` set them. Mixed precision is the plan's, so that memory is as promised."""
+    from accelerate import Accelerator
+
+    launched = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+    if launched not in ("no", planned.workload.precision):
+        raise TightfitError(
+            f"accelerate was launched with mixed precision `{launched}`, the plan computes with `{planned.workload.precision}`",
+            hint="ask tightfit for it: `--mixed-precision bf16`",
+        )
+    os.environ.pop("ACCELERATE_MIXED_PRECISION", None)
+    try:
+        return Accelerator(
+            mixed_precision="no", cpu=planned.compute_tier == "ram", log_with=list(trackers) or None, project_dir=str(folder)
+        )
+    except ValueError as error:
+        raise TightfitError(
+            f"accelerate refuses: {str(error).splitlines()[0]}", hint="`--track tensorboard` needs `tensorboard`"
+        ) from error

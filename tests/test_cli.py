@@ -1,13 +1,18 @@
 """The command line: what each verb prints, its JSON, and plans and reports that are saved and taken up again."""
 
+import inspect
 import json
 import re
+import subprocess
+import sys
 from dataclasses import fields
 
 import pytest
 
 from tightfit import catalog, verbs
 from tightfit.presets import presets
+from tightfit.recipes import SILENT, Told
+from tightfit.terms.errors import TightfitError
 from tightfit.terms.footprint import KINDS
 from tightfit.terms.machine import Machine
 from tightfit.terms.plan import Plan
@@ -25,9 +30,12 @@ def test_list_names_every_technique_and_preset(tightfit_says):
     assert (said.code, said.err) == (0, "")
     assert list(values["techniques"]) == catalog.technique_names()
     assert all(len(summary) > 20 for summary in values["techniques"].values())
+    assert list(values["recipes"]) == catalog.recipe_names()
+    assert all(len(summary) > 20 for summary in values["recipes"].values())
     assert values["presets"] == list(presets())
     shown = tightfit_says("list").out
     assert all(name in shown for name in [*values["techniques"], *values["presets"]])
+    assert all(f"recipe {name}" in shown for name in values["recipes"])
 
 
 @pytest.mark.parametrize("name", catalog.technique_names())
@@ -44,13 +52,29 @@ def test_explain_has_every_heading_and_every_setting_with_its_price(name, tightf
     assert all(f"{name} = " in shown for name in names)
 
 
+@pytest.mark.parametrize("name", catalog.recipe_names())
+def test_a_recipe_is_explained_with_its_settings(name, tightfit_says):
+    values = json.loads(tightfit_says("explain", name, "--json").out)
+    assert set(values) == {"name", "text", "settings"} and values["text"].startswith(f"{name}: ")
+    shown = tightfit_says("explain", name).out
+    assert all(f"{setting['name']} = {setting['default']}" in shown for setting in values["settings"])
+
+
 def test_plan_json_tells_all(tightfit_says):
     said = tightfit_says("plan", "llama-2-7b", "--gpu", "6GiB", "--ram", "32GiB", "--disk", "100GiB", "--context", 256, "--json")
     values = json.loads(said.out)
     assert said.code == 0
     assert (values["model"], values["quality"]) == ("llama-2-7b", "exact")
     assert values["budget"] == {"gpu": 6 * GIB, "ram": 32 * GIB, "disk": 100 * GIB}
-    assert values["workload"] == {"task": "generate", "batch": 1, "tokens": 256, "new_tokens": 128, "optimizer": "adamw"}
+    assert values["workload"] == {
+        "task": "generate",
+        "batch": 1,
+        "tokens": 256,
+        "new_tokens": 128,
+        "optimizer": "adamw",
+        "micro_batch": 0,
+        "precision": "no",
+    }
     assert values["techniques"]["offload"]["streamed"] == [place for place, home in enumerate(values["residency"]) if home != "gpu"]
     assert (len(values["residency"]), sum(values["resting"].values())) == (32, 32)
     assert values["predicted_bytes"] == {tier: sum(parts.values()) for tier, parts in values["predicted"].items()}
@@ -211,7 +235,7 @@ def test_a_fault_of_our_own_is_told_as_one(tightfit_says, monkeypatch):
         tightfit_says("plan", "llama-2-7b", "--ram", "8GiB")
 
 
-@pytest.mark.parametrize("verb", ["plan", "run", "eval", "probe", "report", "list", "explain", "bench", "demo"])
+@pytest.mark.parametrize("verb", ["plan", "run", "eval", "probe", "report", "list", "explain", "recipe", "bench", "demo"])
 def test_every_verb_has_help(verb, tightfit_says):
     said = tightfit_says(verb, "--help")
     assert said.code == 0
@@ -221,3 +245,86 @@ def test_every_verb_has_help(verb, tightfit_says):
 def test_square_brackets_are_shown_as_they_are(tightfit_says):
     """rich would take `[red]` for markup, and `[/]` for an error in it."""
     assert "`[red]x[/]`" in tightfit_says("plan", "[red]x[/]").err
+
+
+@pytest.fixture
+def called(monkeypatch):
+    """What a recipe is called with: a function with the parameters of `qst` that notes them, and does nothing."""
+    seen = {}
+    run = catalog.recipe("qst")
+
+    def noting(**settings):
+        seen.update(settings)
+        raise TightfitError("that was all")
+
+    noting.__signature__ = inspect.signature(run, eval_str=True)
+    noting.__doc__ = run.__doc__
+    monkeypatch.setattr("tightfit.cli.recipe.recipe", lambda name: noting)
+    return seen
+
+
+def test_options_of_a_recipe_are_its_settings(tightfit_says, called):
+    words = ["MODEL", "DATA", "-o", "OUT", "--eval", "HELD", "--lr", "1e-3", "--downsample", "max_pool", "--ram", "2GiB", "--resume"]
+    said = tightfit_says("recipe", "qst", *words)
+    assert (said.code, said.err) == (1, "error: that was all\n")
+    defaults = {name: item.default for name, item in inspect.signature(catalog.recipe("qst")).parameters.items() if name != "told"}
+    told = called.pop("told")
+    assert isinstance(told, Told) and told is not SILENT
+    given = {"model": "MODEL", "data": "DATA", "output": "OUT", "held_out": "HELD", "learning_rate": 1e-3}
+    assert called == {**defaults, **given, "downsample": "max_pool", "ram": "2GiB", "resume": True}
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["qts"], "error: no recipe is called `qts`\n\nhint: did you mean `qst`?"),
+        (["qst", "MODEL", "DATA"], "error: Missing option '--output' / '-o'."),
+        (["qst", "MODEL", "DATA", "-o", "OUT", "--batch", "0"], "error: Invalid value for '--batch'"),
+        (["qst", "MODEL", "DATA", "-o", "OUT", "--downsample", "sum"], "error: Invalid value for '--downsample'"),
+        (["qst", "MODEL", "DATA", "-o", "OUT", "--rnak", "4"], "error: No such option: --rnak"),
+        (["qst", "MODEL", "DATA", "-o", "OUT"], "error: no model is called `MODEL`"),
+        (["qst", "tightfit-demo", "DATA", "-o", "OUT"], "error: there is no "),
+    ],
+)
+def test_what_a_recipe_cannot_do_is_one_line(words, message, tightfit_says, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    said = tightfit_says("recipe", *words)
+    assert said.code in (1, 2) and said.out == "" and said.err.startswith(message) and "Traceback" not in said.err
+    assert not list(tmp_path.iterdir())
+
+
+def test_help_of_a_recipe_has_every_setting(tightfit_says):
+    said = tightfit_says("recipe", "qdylora", "--help")
+    names = {"held_out": "eval", "learning_rate": "lr"}
+    settings = [setting["name"] for setting in catalog.explain("qdylora")["settings"] if setting["name"] not in ("model", "data")]
+    assert said.code == 0 and "told" not in said.out
+    assert all(f"--{names.get(name, name).replace('_', '-')}" in said.out for name in settings)
+
+
+def test_an_interrupted_recipe_says_how_it_goes_on(tightfit_says, called, monkeypatch):
+    def interrupted(**_settings):
+        raise KeyboardInterrupt
+
+    interrupted.__signature__ = inspect.signature(catalog.recipe("qst"), eval_str=True)
+    monkeypatch.setattr("tightfit.cli.recipe.recipe", lambda name: interrupted)
+    said = tightfit_says("recipe", "qst", "MODEL", "DATA", "-o", "OUT")
+    assert said.code == 130 and "`--resume` goes on from the last checkpoint in OUT" in said.err
+
+
+def test_a_recipe_on_a_small_text(tightfit_says, tmp_path):
+    (tmp_path / "text").write_text("It was a bright day, and the old man sat by the sea. " * 20)
+    words = ["recipe", "qst", "tightfit-demo", tmp_path / "text", "--steps", 1, "--context", 32, "--ram", "64GiB"]
+    values = json.loads(tightfit_says(*words, "-o", tmp_path / "one", "--json", "--save-report", tmp_path / "report.json").out)
+    assert values["scores"]["steps"] == 1 and values["scores"]["qlora_peak_bytes"] > values["scores"]["side_peak_bytes"] > 0
+    assert json.loads((tmp_path / "report.json").read_text()) == values
+    said = tightfit_says(*words, "-o", tmp_path / "two")
+    assert said.code == 0
+    assert re.search(r"^loss +\d+\.\d{4}$", said.out, re.MULTILINE) and re.search(r"^qlora peak bytes +[\d.]+ MiB$", said.out, re.MULTILINE)
+    assert all(word in said.err for word in ("one step over", "step 1 of 1", "times as much", "kept its word", "saved in"))
+
+
+def test_naming_recipes_loads_nothing_heavy():
+    done = subprocess.run([sys.executable, "-X", "importtime", "-m", "tightfit", "recipe", "--help"], capture_output=True, text=True)
+    modules = {line.rpartition("|")[2].strip() for line in done.stderr.splitlines()}
+    assert done.returncode == 0 and "tightfit.recipes.qst" in modules
+    assert not modules & {"torch", "transformers", "numpy"}

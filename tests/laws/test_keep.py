@@ -33,7 +33,7 @@ SETTINGS = {
 }
 """Sizes that no frozen weight has, and a layout that does not depend on the machine."""
 
-REFUSED = {("side", "t5"), ("side", "vit"), ("chunked_loss", "vit")}
+REFUSED = [("side", "t5"), ("side", "vit"), ("chunked_loss", "vit")]
 """What a technique refuses in one line."""
 
 ADAPTERS, FORMATS = (

@@ -25,6 +25,7 @@ WEIGHTS = Weights(
     encode_scratch=0,
     passing=0,
     staging=0,
+    records=0,
     extras=frozenset(),
 )
 CPU, GPU = Budget(ram=1000), Budget(ram=1000, gpu=1000)

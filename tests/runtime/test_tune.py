@@ -376,3 +376,38 @@ def test_two_processes_learn_what_one_does(base, data, tmp_path):
     assert done.returncode == 0, done.stderr[-2000:]
     log = [line for line in read_journal(tmp_path / "out" / "log.jsonl") if "loss" in line]
     assert losses(log) == pytest.approx(losses(alone), rel=1e-4)
+
+
+@pytest.mark.parametrize("techniques", [("lora:rank=4",), ("side:reduction=4",), ()], ids=["lora", "side", "full"])
+def test_mixed_precision_is_planned_too(base, data, tmp_path, techniques):
+    """Products in bfloat16: nearly the same losses, and the bytes of the plan, in which a frozen base rests in bfloat16."""
+    report, log = run(base, data, tmp_path / "bf16", batch=13, techniques=techniques, precision="bf16")
+    _, exact = run(base, data, tmp_path / "exact", batch=13, techniques=techniques)
+    assert report.complete
+    assert abs(report.deviation) < 0.01, (report.measured, report.plan.predicted)
+    assert losses(log) == pytest.approx(losses(exact), rel=2e-2)
+    assert losses(log) != losses(exact)
+
+
+def test_samples_in_memory_are_part_of_the_plan(base, data):
+    lesson = read_lesson(str(base), str(data))
+    twice = replace(lesson, held_out=lesson.samples)
+    first, second = (plan_tuning(str(base), part, 4, WIDE, "exact", ("lora:rank=4",)) for part in (lesson, twice))
+    assert second.predicted_bytes("ram") - first.predicted_bytes("ram") == lesson.samples.held_bytes > 0
+
+
+def test_encoder_decoders_learn_answers(data, tmp_path):
+    """T5: the question is read, the answer is written; the plan's tokens are those of the longer side."""
+    from transformers import AutoTokenizer, T5Config, T5ForConditionalGeneration
+
+    from tightfit.presets import presets
+
+    tokenizer = AutoTokenizer.from_pretrained(presets()["tightfit-demo"])
+    torch.manual_seed(0)
+    sizes = {"d_model": 32, "d_kv": 8, "d_ff": 64, "num_layers": 2, "num_decoder_layers": 2, "num_heads": 4}
+    config = T5Config(vocab_size=len(tokenizer), **sizes, decoder_start_token_id=0, pad_token_id=0, eos_token_id=tokenizer.eos_token_id)
+    T5ForConditionalGeneration(config).save_pretrained(tmp_path / "t5")
+    tokenizer.save_pretrained(tmp_path / "t5")
+    report, log = run(tmp_path / "t5", data, tmp_path / "out", replace(QUICK, steps=12))
+    assert log[-1]["loss"] < log[0]["loss"]
+    assert report.deviation < 0.01

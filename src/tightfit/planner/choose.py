@@ -137,8 +137,8 @@ def _outcome(
 ) -> Outcome:
     budget, fast = request.budget, request.budget.compute_tier
     room = {
-        "gpu": _room(machine, "gpu", budget.gpu, weights.extras) - weights.outside,
-        "ram": _room(machine, "ram", budget.ram, weights.extras) - (weights.passing if fast == "gpu" else weights.outside),
+        "gpu": _room(machine, "gpu", budget.gpu, weights) - weights.outside,
+        "ram": _room(machine, "ram", budget.ram, weights) - (weights.passing if fast == "gpu" else weights.outside),
         "disk": budget.disk if weights.changed else 1 << 62,  # else blocks are read from where they are
     }
     beside = max(total(parts) - parts.get("weights", 0) for parts in footprint.phases.values())
@@ -164,9 +164,14 @@ def _settle(
     return residency, lowest
 
 
-def _room(machine: Machine, tier: str, cap: int, extras: frozenset[str]) -> int:
+def _overhead(machine: Machine, tier: str, tensor_bytes: int, weights: Weights) -> int:
+    """What no tensor shows; Python's own record of each trained tensor lies in RAM."""
+    return machine.overhead(tier, tensor_bytes, weights.extras) + (weights.records if tier == "ram" else 0)
+
+
+def _room(machine: Machine, tier: str, cap: int, weights: Weights) -> int:
     """Bytes that tensors may hold on `tier`, so that they and the overhead stay under `cap`."""
-    fixed = machine.overhead(tier, 0, extras)
+    fixed = _overhead(machine, tier, 0, weights)
     return int((cap - fixed) / (1 + machine.allocator_slack))
 
 
@@ -182,12 +187,12 @@ def _predicted(
     resting = weights.outside + residency.fast_bytes
     peak = max(footprint.phases.values(), key=lambda parts: total(parts) - parts.get("weights", 0))
     compute = {kind: size for kind, size in peak.items() if kind != "weights" and size} | {"weights": resting}
-    predicted = {fast: {**compute, "overhead": machine.overhead(fast, total(compute), weights.extras)}}
+    predicted = {fast: {**compute, "overhead": _overhead(machine, fast, total(compute), weights)}}
     if fast == "gpu":
         pinned = sum(size for size, home in zip(weights.blocks, residency.homes, strict=True) if home == "ram")
         staging = READERS * PIECE_BYTES if "disk" in residency.homes else 0
         held = {"weights": pinned} | ({"workspace": staging} if staging else {})
-        predicted["ram"] = {**held, "overhead": machine.overhead("ram", total(held), weights.extras)}
+        predicted["ram"] = {**held, "overhead": _overhead(machine, "ram", total(held), weights)}
     spilled = sum(size for size, home in zip(weights.blocks, residency.homes, strict=True) if home == "disk")
     if spilled and weights.changed:
         predicted["disk"] = {"weights": spilled}
@@ -203,7 +208,7 @@ def _needed(
         if tier in predicted:
             held = weights.outside + residency.loading_bytes if tier == fast else predicted[tier]["weights"]
             load = {"weights": held, "workspace": scratch}
-            load |= {"overhead": machine.overhead(tier, total(load), weights.extras)}
+            load |= {"overhead": _overhead(machine, tier, total(load), weights)}
             needed[tier] = max(predicted[tier], load, key=total)
     return needed
 

@@ -15,6 +15,9 @@ from tightfit.formats.linear import QuantizedLinear
 ENCODING = 2.5
 """Bytes that a codec holds while it encodes, over the dense matrix's; measured with the allocator's records: int8 1.5, nf4 2.4."""
 
+RECORD_BYTES = 3_200
+"""Of a trained tensor beside its storages: the parameter, its gradient, its entries in the optimizer; measured with many small ones."""
+
 
 @dataclass(frozen=True)
 class Weights:
@@ -33,6 +36,7 @@ class Weights:
     encode_scratch: int
     passing: int  # what passes through RAM on its way to a GPU: the largest tensor with its parts, and the readers' buffers
     staging: int  # what readers hold beside the slots while blocks stream straight from the checkpoint
+    records: int  # what Python and the optimizer note of each trained tensor, which no storage shows
     extras: frozenset[str]  # what the process holds beside tensors and what every run has, by the names of `Machine.overhead`
 
     def load_scratch(self, fast: str) -> int:
@@ -66,6 +70,7 @@ def weigh(skeleton: Skeleton, techniques: Iterable[Transform], random_weights: b
         encode_scratch=max((_encode_scratch(dense[name]) for name in encoded), default=0),
         passing=max((_passing(dense[name], beside.get(name, 0)) for name in dense), default=0) + READERS * PIECE_BYTES,
         staging=0 if changed else max((staging_bytes(image) for image in images if image), default=0),
+        records=RECORD_BYTES * sum(parameter.requires_grad for parameter in model.parameters()) if tuned else 0,
         extras=_extras(model, tuned),
     )
 

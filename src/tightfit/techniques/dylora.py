@@ -66,7 +66,7 @@ class Rows(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """# (…, in) → (…, rank), or (…, rank) → (…, out)"""
-        return linear(x, self.weight)
+        return linear(x, self.weight.to(x.dtype))
 
     def whole(self) -> Tensor:
         """A copy of all, as PEFT's file has it.  # (largest rank, in) or (out, largest rank)"""

@@ -3,7 +3,8 @@
 *What shrinks*: gradients and optimizer, to those of rank · (in + out) parameters a layer, in 32 bits.
 *What it costs*: two thin products a layer. Activations stay as large as in full tuning, so `recompute` and `chunked_loss` go with it.
 *How it works*: `y = base(x) + alpha / rank · B A x`, A random and B zero, so that tuning starts at the base model. The base layer is
-called and never asked how its weight is stored, so any will do: dense, `int8`, `nf4`, streamed.
+called and never asked how its weight is stored, so any will do: dense, `int8`, `nf4`, streamed. The adapters rest in 32 bits and
+compute in the precision of what comes in, as under autocast: nothing of full width is copied.
 *Shapes*: lora_A (rank, in), lora_B (out, rank) for each layer.
 *Relations*: layers and file format are PEFT's; over `nf4` it is QLoRA. Fused experts and embeddings stay frozen, without an adapter.
 It is refused beside other adapters.
@@ -15,6 +16,7 @@ import re
 import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
@@ -23,6 +25,7 @@ from torch import Tensor, nn
 from tightfit.contracts import Beside, Quality, Stage
 from tightfit.describe.blocks import blocks_of
 from tightfit.formats.linear import LINEARS, QuantizedLinear
+from tightfit.formats.precision import in_given_precision
 from tightfit.terms.errors import TightfitError
 
 ADAPTER = "default"
@@ -56,7 +59,9 @@ class LoRA:
             warnings.filterwarnings("ignore", message="Unsupported layer type")  # it asks for `in_features`, and they are there
             inject_adapter_in_model(config, model, adapter_name=ADAPTER, low_cpu_mem_usage=True)
         for layer in adapted_layers(model):
-            layer.lora_A.float(), layer.lora_B.float()
+            layer.cast_input_dtype_enabled = False  # PEFT would keep a copy of every input in 32 bits; here the thin matrices follow it
+            for part in (layer.lora_A[ADAPTER], layer.lora_B[ADAPTER]):
+                part.float().forward = partial(in_given_precision, part, part.forward)
         if not on_meta:
             self.initialise(model)
 

@@ -47,6 +47,7 @@ def read_lesson(
 
     tuning, skeleton = tuning or Tuning(), describe(model, "tune", fetch=False)
     refuse_weightless(skeleton)
+    _refuse_other_heads(skeleton)
     tokenizer, config = load_tokenizer(skeleton), skeleton.config
     most = context or min(LONGEST, positions_of(config) or LONGEST)
     check_lengths(config, most)
@@ -57,6 +58,16 @@ def read_lesson(
 
     pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     return Lesson(encoded(data), encoded(held_out) if held_out else None, pad_id)
+
+
+def _refuse_other_heads(skeleton: Skeleton) -> None:
+    """Text teaches what predicts text."""
+    model = skeleton.meta_model()
+    if model.get_output_embeddings() is None or model.loss_type == "ForMaskedLM":
+        raise TightfitError(
+            f"`{skeleton.name}` is a `{type(model).__name__}`, which does not predict the next token",
+            hint="give it its own loop: `tightfit.apply(model, [...])` and Hugging Face `Trainer`",
+        )
 
 
 def plan_tuning(
@@ -135,7 +146,7 @@ def tune(
         else:
             checkpoint.begin(folder, request, planned)
     accelerator.wait_for_everyone()
-    accelerator.init_trackers("", {})
+    accelerator.init_trackers("tightfit", asdict(tuning))
     torch.manual_seed(tuning.seed)
     with build(planned, skeleton, progress) as built:
         checkpoints = checkpoint.Checkpoints(folder, accelerator, {**facts, "tuning": asdict(tuning)}, tuning.keep)
@@ -170,6 +181,7 @@ def request_of(planned: Plan, lesson: Any, tuning: Tuning, base: str) -> dict[st
 def _accelerator(planned: Plan, folder: Path, trackers: Iterable[str]) -> Any:
     """Devices, processes and trackers as `accelerate launch` set them. Mixed precision is the plan's, so that memory is as promised."""
     from accelerate import Accelerator
+    from accelerate.utils import ProjectConfiguration
 
     launched = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
     if launched not in ("no", planned.workload.precision):
@@ -177,12 +189,18 @@ def _accelerator(planned: Plan, folder: Path, trackers: Iterable[str]) -> Any:
             f"accelerate was launched with mixed precision `{launched}`, the plan computes with `{planned.workload.precision}`",
             hint="ask tightfit for it: `--mixed-precision bf16`",
         )
-    os.environ.pop("ACCELERATE_MIXED_PRECISION", None)
+    asked, places = list(trackers), ProjectConfiguration(str(folder), logging_dir=str(folder / "tensorboard"))
     try:
-        return Accelerator(
-            mixed_precision="no", cpu=planned.compute_tier == "ram", log_with=list(trackers) or None, project_dir=str(folder)
-        )
-    except ValueError as error:
+        on_cpu = planned.compute_tier == "ram"
+        accelerator = Accelerator(mixed_precision="no", cpu=on_cpu, log_with=asked or None, project_config=places)
+    except (ValueError, ImportError) as error:
+        reason = str(error).splitlines()[0]
+        raise TightfitError(f"accelerate refuses: {reason}", hint="`--track tensorboard` is the usual tracker") from error
+    if missing := {*asked} - {str(found) for found in accelerator.log_with}:
+        raise TightfitError(f"the tracker `{missing.pop()}` is not installed", hint=f"`pip install {' '.join(asked)}`")
+    if accelerator.num_processes > 1 and not accelerator.distributed_type.startswith("MULTI"):
         raise TightfitError(
-            f"accelerate refuses: {str(error).splitlines()[0]}", hint="`--track tensorboard` needs `tensorboard`"
-        ) from error
+            f"tuning cannot run under {accelerator.distributed_type} yet",
+            hint="launch with plain data parallelism: `accelerate launch --multi_gpu`; the plan makes the model fit into each process",
+        )
+    return accelerator

@@ -177,7 +177,7 @@ def tune_quality(results: Results) -> str:
     beside, cuts = [], []
     for model, result in found.items():
         for task, said in result["summary"].items():
-            beside.append([model, task, *_quality_row(said)])
+            beside += [[model, task, *_quality_row(said, ours)] for ours in said["methods"] if ours.startswith("side-")]
             cut = [said["over_lora"].get(f"dylora-{rank}", {}).get("mean") for rank in result["settings"]["ranks"]]
             if any(cut):
                 cuts.append([model, task, *(percent(ratio and ratio - 1) for ratio in cut)])
@@ -185,7 +185,7 @@ def tune_quality(results: Results) -> str:
         "Mean held-out loss in nats a token over the seeds, ± their standard deviation; equal steps on equal batches, rates chosen for "
         "each method on a validation part. *Gain*: QST's way down from the untuned model, as a share of LoRA's."
     )
-    parts = [intro, table("model|task|untuned:|LoRA, rank 16:|QST:|QST over LoRA:|within 3 %|gain:|full tuning:", beside)]
+    parts = [intro, table("model|task|untuned:|LoRA, rank 16:|reduction:|QST:|QST over LoRA:|within 3 %|gain:|full tuning:", beside)]
     if cuts:
         ranks = next(iter(found.values()))["settings"]["ranks"]
         parts += ["Loss of one DyLoRA run, cut at each rank, over that of a LoRA trained at the rank:"]
@@ -193,10 +193,10 @@ def tune_quality(results: Results) -> str:
     return "\n\n".join([*parts, *(told(result["machine"], "tune_quality", model) for model, result in found.items())])
 
 
-def _quality_row(said: dict[str, Any]) -> list[str]:
-    methods, over = said["methods"], said["over_lora"].get("side", {})
-    losses = {name: f"{way['mean']:.3f} ± {way['spread']:.3f}" for name, way in methods.items()}
-    gain = f"{said['share_of_gain']:.0%}" if "share_of_gain" in said else ABSENT
-    untuned = f"{methods['base']['mean']:.3f}" if "base" in methods else ABSENT
-    reached = [losses.get(name, ABSENT) for name in ("lora-16", "side")]
-    return [untuned, *reached, percent(over["mean"] - 1 if over else None), yes(over.get("kept")), gain, losses.get("full", ABSENT)]
+def _quality_row(said: dict[str, Any], ours: str) -> list[str]:
+    losses = {name: f"{way['mean']:.3f} ± {way['spread']:.3f}" for name, way in said["methods"].items()}
+    over, gain = said["over_lora"].get(ours, {}), said.get("share_of_gain", {}).get(ours)
+    untuned, lora, full = (losses.get(name, ABSENT) for name in ("base", "lora-16", "full"))
+    ratio = percent(over["mean"] - 1 if over else None)
+    reduction, share = ours.partition("-")[2], ABSENT if gain is None else f"{gain:.0%}"
+    return [untuned.partition(" ±")[0], lora, reduction, losses[ours], ratio, yes(over.get("kept")), share, full]

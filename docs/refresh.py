@@ -142,6 +142,11 @@ def shell(command: str, folder: Path, own_and: str = "") -> str:
     return tidy(said.stdout)
 
 
+def lay_docs(folder: Path) -> None:
+    """Let `docs/…` in a command be what it is in the checkout."""
+    (folder / "docs").symlink_to(ROOT / "docs")
+
+
 def tidy(text: str) -> str:
     """Without trailing blanks and empty lines at the ends."""
     return "\n".join(line.rstrip() for line in text.split("\n")).strip("\n")
@@ -229,5 +234,6 @@ if __name__ == "__main__":
     sys.path.insert(0, str(ROOT / "src"))
     for page in pages(sys.argv[1:]):
         with tempfile.TemporaryDirectory() as folder:
+            lay_docs(Path(folder))
             page.write_text(refreshed(page, Path(folder)))
         print(page.relative_to(ROOT))

@@ -1,13 +1,17 @@
-"""Catalog: how techniques are written on the command line, whose values may hold commas."""
+"""Catalog: how techniques are written on the command line, whose values may hold commas; and recipes, found by their files."""
 
+import inspect
 import re
+import sys
 from dataclasses import dataclass
+from pathlib import Path
 from typing import ClassVar, Literal
 
 import pytest
 
 from tightfit import catalog
 from tightfit.contracts import Quality, Stage
+from tightfit.recipes import Told
 from tightfit.terms.errors import TightfitError
 
 
@@ -80,3 +84,36 @@ def test_what_is_written_is_what_is_set(text, settings):
 def test_what_is_no_setting_is_one_clear_line(text, message):
     with pytest.raises(TightfitError, match=f"^{re.escape(message)}"):
         catalog.parse(text)
+
+
+def test_every_file_of_the_room_is_a_recipe():
+    files = {path.stem for path in Path(catalog.__file__).with_name("recipes").glob("[!_]*.py")}
+    assert set(catalog.recipe_names()) == files >= {"qst", "qdylora"}
+    assert not files & set(catalog.technique_names()), "a name explains one thing"
+
+
+@pytest.mark.parametrize("name", catalog.recipe_names())
+def test_a_recipe_is_explained_without_importing_it(name, monkeypatch):
+    monkeypatch.delitem(sys.modules, f"tightfit.recipes.{name}", raising=False)
+    explained, told = catalog.explain(name), catalog.summary(name)
+    assert f"tightfit.recipes.{name}" not in sys.modules
+    assert explained["text"].startswith(f"{name}: {told}")
+    places = [explained["text"].find(f"*{heading}*") for heading in ("Made of", "Data", "What to expect", "What differs here", "Paper")]
+    assert -1 not in places and places == sorted(places)
+    parameters = inspect.signature(catalog.recipe(name), eval_str=True).parameters
+    assert parameters["told"].annotation is Told
+    assert [setting["name"] for setting in explained["settings"]] == [parameter for parameter in parameters if parameter != "told"]
+    assert all(setting["price"] for setting in explained["settings"])
+    for setting in explained["settings"]:
+        default = parameters[setting["name"]].default
+        must = default is inspect.Parameter.empty
+        assert must == (setting["default"] == "(must be given)") and (must or eval(setting["default"]) == default)
+
+
+def test_an_unknown_recipe_is_told_with_near_names():
+    with pytest.raises(TightfitError, match=r"^no recipe is called `qdilora`$") as caught:
+        catalog.recipe("qdilora")
+    assert caught.value.hint == "did you mean `qdylora`?"
+    with pytest.raises(TightfitError, match=r"^no technique or recipe is called `qdilora`$") as caught:
+        catalog.explain("qdilora")
+    assert "`qdylora`" in caught.value.hint

@@ -314,17 +314,39 @@ def test_an_interrupted_recipe_says_how_it_goes_on(tightfit_says, called, monkey
 def test_a_recipe_on_a_small_text(tightfit_says, tmp_path):
     (tmp_path / "text").write_text("It was a bright day, and the old man sat by the sea. " * 20)
     words = ["recipe", "qst", "tightfit-demo", tmp_path / "text", "--steps", 1, "--context", 32, "--ram", "64GiB"]
-    values = json.loads(tightfit_says(*words, "-o", tmp_path / "one", "--json", "--save-report", tmp_path / "report.json").out)
-    assert values["scores"]["steps"] == 1 and values["scores"]["qlora_peak_bytes"] > values["scores"]["side_peak_bytes"] > 0
-    assert json.loads((tmp_path / "report.json").read_text()) == values
-    said = tightfit_says(*words, "-o", tmp_path / "two")
-    assert said.code == 0
-    assert re.search(r"^loss +\d+\.\d{4}$", said.out, re.MULTILINE) and re.search(r"^qlora peak bytes +[\d.]+ MiB$", said.out, re.MULTILINE)
+    said = tightfit_says(*words, "-o", tmp_path / "out", "--save-report", tmp_path / "report.json")
+    assert said.code == 0, said.err
+    scores = json.loads((tmp_path / "report.json").read_text())["scores"]
+    assert scores["steps"] == 1 and scores["qlora_peak_bytes"] > scores["side_peak_bytes"] > 0
+    assert re.search(rf"^loss +{scores['loss']:.4f}$", said.out, re.MULTILINE)
+    assert re.search(r"^qlora peak bytes +[\d.]+ MiB$", said.out, re.MULTILINE)
     assert all(word in said.err for word in ("one step over", "step 1 of 1", "times as much", "kept its word", "saved in"))
 
 
+def test_the_report_of_a_recipe_as_json(tightfit_says, tmp_path, monkeypatch):
+    """Of a run that was made: what a recipe gives back is what is printed, and nothing else is."""
+    plan = Plan.all_resident("tightfit-demo", Workload("tune"), 12, {})
+    seconds = {"load": 1.0, "first_step": 1.0, "step": 1.0}
+    made = Report(plan, {"weights": 1}, {"load_peak": 1, "run_peak": 1}, seconds, scores={"loss": 0.5, "some_bytes": 2048.0, "steps": 3.0})
+
+    def giving(**_settings):
+        return made
+
+    giving.__signature__ = inspect.signature(catalog.recipe("qst"), eval_str=True)
+    monkeypatch.setattr("tightfit.cli.recipe.recipe", lambda name: giving)
+    words = ["recipe", "qst", "MODEL", "DATA", "-o", "OUT"]
+    said = tightfit_says(*words, "--json")
+    assert (said.code, said.err) == (0, "") and Report.from_json(json.loads(said.out)) == made
+    assert [line.split() for line in tightfit_says(*words).out.splitlines()] == [
+        ["loss", "0.5000"],
+        ["some", "bytes", "2.0", "KiB"],
+        ["steps", "3"],
+    ]
+
+
 def test_naming_recipes_loads_nothing_heavy():
-    done = subprocess.run([sys.executable, "-X", "importtime", "-m", "tightfit", "recipe", "--help"], capture_output=True, text=True)
-    modules = {line.rpartition("|")[2].strip() for line in done.stderr.splitlines()}
-    assert done.returncode == 0 and "tightfit.recipes.qst" in modules
+    program = "import sys\nfrom tightfit.cli import main\nmain()\nprint(*sys.modules, file=sys.stderr)"
+    done = subprocess.run([sys.executable, "-c", program, "recipe", "--help"], capture_output=True, text=True)
+    modules = set(done.stderr.split())
+    assert "qdylora" in done.stdout and "tightfit.recipes.qdylora" in modules
     assert not modules & {"torch", "transformers", "numpy"}

@@ -48,8 +48,9 @@ def run(job: Job, began_running: Callable[[], None] = lambda: None) -> dict[str,
 def main() -> None:
     """Run the job in the first argument."""
     keep_quiet()
-    keep_heap_tight()
     job, before = json.loads(sys.argv[1]), resident()
+    if job.get("heap", "tight") == "tight":
+        keep_heap_tight()
     try:
         if job["way"] == "allocator":
             workload = tightfit.Workload("tune", job["batch"], job["tokens"], micro_batch=job["batch"])

@@ -116,12 +116,14 @@ def measure_row(settings: Mapping[str, Any], folder: str, shape: Row, way: str) 
 
 
 def pair_row(settings: Mapping[str, Any], folder: str, row: Row, pairs: int) -> Row:
-    """Ours and the peer in turn, each as its users run it, and the medians."""
+    """Ours and the peer in turn, and the medians."""
     part = settings["paired"]
     job = {"model": folder, "way": "process", **{name: part[name] for name in ("batch", "tokens", "warm_up", "steps")}}
     runs = []
     for _ in range(pairs):
-        runs.append({side: real_run(settings, row[side], job) for side in ("ours", "peer")})
+        ours = real_run(settings, row["ours"], job | {"heap": part["our_heap"]})
+        peer = real_run(settings, row["peer"], job, **(GIVE_BACK if part["peer_heap"] == "tight" else {}))
+        runs.append({"ours": ours, "peer": peer})
         faults = [run["error"] for run in runs[-1].values() if "error" in run]
         if faults:
             return {"error": "; ".join(faults)}
@@ -158,7 +160,7 @@ def jobs_of(args: argparse.Namespace, settings: Row) -> tuple[dict[str, Callable
         folder = folder_of(args, part)
         for row in part["rows"]:
             name = f"{row['ours']} | {row['peer']}"
-            known[name] = {**row, **{key: part[key] for key in ("model", "batch", "tokens")}}
+            known[name] = {**row, **{key: part[key] for key in ("model", "batch", "tokens", "our_heap", "peer_heap")}}
             jobs[name] = lambda row=row: pair_row(settings, folder, row, args.pairs or settings["pairs"])
         return jobs, known
     folder = folder_of(args, part) if args.part == "measured" else ""

@@ -1,11 +1,11 @@
-"""Catalog: a name is a file. Techniques are found in their folder, and in outside packages through entry points."""
+"""Catalog: a name is a file. Techniques and recipes are found in their folders, techniques in outside packages too, by entry points."""
 
 import ast
 import importlib
 import importlib.util
 import pkgutil
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import fields, is_dataclass
 from functools import cache
 from importlib.metadata import entry_points
@@ -57,34 +57,66 @@ def techniques() -> dict[str, type[Any]]:
     return {name: technique(name) for name in technique_names()}
 
 
-def technique_summary(name: str) -> str:
-    """The first sentence of a technique's file. Nothing is imported."""
+def recipe_names() -> list[str]:
+    """Every recipe that can be named, without importing one."""
+    room = importlib.util.find_spec("tightfit.recipes")
+    folders = room.submodule_search_locations if room else None
+    return sorted(module.name for module in pkgutil.iter_modules(folders or []) if not module.name.startswith("_"))
+
+
+def recipe(name: str) -> Callable[..., Any]:
+    """The function that carries the recipe `name` out. Raises `TightfitError` with near names for an unknown one."""
+    if name not in recipe_names():
+        raise TightfitError(f"no recipe is called `{name}`", hint=near(name, recipe_names()))
+    return importlib.import_module(f"tightfit.recipes.{name}").run
+
+
+def summary(name: str) -> str:
+    """The first sentence of the file of a technique or recipe. Nothing is imported."""
     first = explain(name)["text"].split("\n")[0]
     return first.partition(": ")[2] or first
 
 
 def explain(name: str) -> dict[str, Any]:
-    """A technique's docstring (`text`) and its `settings`, each with name, default and the price in its comment. Nothing is imported."""
+    """The docstring (`text`) of a technique or recipe and its `settings`, each with name, default and what its comment says.
+
+    Nothing is imported.
+    """
     source = _source(name)
     tree, lines = ast.parse(source), source.split("\n")
-    last = [node for node in tree.body if isinstance(node, ast.ClassDef)][-1]
-    declared = [node for node in last.body if isinstance(node, ast.AnnAssign) and "ClassVar" not in ast.unparse(node.annotation)]
     settings = [
         {
-            "name": ast.unparse(node.target),
-            "default": ast.unparse(node.value) if node.value else "(must be given)",
-            "price": lines[node.end_lineno - 1 if node.end_lineno else 0].partition("#")[2].strip(),
+            "name": setting,
+            "default": ast.unparse(default) if default else "(must be given)",
+            "price": lines[last_line - 1].partition("  # ")[2].strip(),
         }
-        for node in declared
+        for setting, default, last_line in (_fields(tree) if name in technique_names() else _parameters(tree))
     ]
     return {"name": name, "text": ast.get_docstring(tree) or "", "settings": settings}
 
 
+def _fields(tree: ast.Module) -> list[tuple[str, ast.expr | None, int]]:
+    """The settings of a technique, the fields of its file's last class: name, default, and the line where it ends."""
+    last = [node for node in tree.body if isinstance(node, ast.ClassDef)][-1]
+    declared = [node for node in last.body if isinstance(node, ast.AnnAssign) and "ClassVar" not in ast.unparse(node.annotation)]
+    return [(ast.unparse(node.target), node.value, node.end_lineno or 0) for node in declared]
+
+
+def _parameters(tree: ast.Module) -> list[tuple[str, ast.expr | None, int]]:
+    """The settings of a recipe, the parameters of its `run`: name, default, and the line where it ends. Who is `told` is none."""
+    run = next(node for node in tree.body if isinstance(node, ast.FunctionDef) and node.name == "run")
+    given, others = run.args.args, zip(run.args.kwonlyargs, run.args.kw_defaults, strict=True)
+    defaults = [*[None] * (len(given) - len(run.args.defaults)), *run.args.defaults]
+    found = [*zip(given, defaults, strict=True), *others]
+    return [(item.arg, default, (default or item).end_lineno or 0) for item, default in found if item.arg != "told"]
+
+
 def _source(name: str) -> str:
-    if name not in technique_names():
-        raise TightfitError(f"no technique is called `{name}`", hint=near(name, technique_names()))
+    if name not in technique_names() + recipe_names():
+        raise TightfitError(f"no technique or recipe is called `{name}`", hint=near(name, technique_names() + recipe_names()))
     outside = {entry.name: entry.module for entry in entry_points(group=ENTRY_POINTS)}
-    found = importlib.util.find_spec(outside.get(name, f"tightfit.techniques.{name}"))
+    room = "techniques" if name in technique_names() else "recipes"
+    found = importlib.util.find_spec(outside.get(name, f"tightfit.{room}.{name}"))
     return Path(found.origin).read_text() if found and found.origin else ""
 
 

@@ -24,7 +24,7 @@ WITH_BLOCKS = [name for name, page in PAGES.items() if any(block.runs for block 
 
 _DURATION = re.compile(r"\d+ min \d+ s|\d[\d.]* (?:ms|s)\b")
 _NUMBER = re.compile(r"\d+(?:\.\d+)?")
-_TEXT_OF_A_RUN = re.compile(r"^The sea was calm.*?(?=^ +planned)", re.DOTALL | re.MULTILINE)
+_TEXT_OF_A_RUN = re.compile(r"^(?:The sea was calm|### Instruction:).*?(?=^ +planned)", re.DOTALL | re.MULTILINE)
 _PACE_LINES = re.compile(r"^  (?:because|not taken|note|pace) .*\n?", re.MULTILINE)
 _TOLERANCE = 0.1
 """Sizes may change by this share between versions of torch and transformers before a page must be refreshed."""
@@ -60,16 +60,17 @@ _TOLD: dict[str, str] = {}
 @pytest.fixture
 def says(tightfit_says: Callable[..., Any], tmp_path: Path) -> Says:
     """What a command says: in this process where that is the same, since a new one takes seconds."""
+    refresh.lay_docs(tmp_path)
 
     def answer(command: str, block: refresh.Block) -> str:
-        if block.own_and or re.search(r"[|;&<>$]", command) or not command.startswith("tightfit "):
+        if block.own_and or re.search(r"[|;&<>$]|^tightfit tune", command) or not command.startswith("tightfit "):
             return refresh.shell(command, tmp_path, block.own_and)
         said = tightfit_says(*shlex.split(command)[1:])
         return refresh.tidy(said.err + said.out if said.code else said.out + said.err)
 
     def once(command: str, block: refresh.Block) -> str:
         key = re.sub(r"--ram \S+", f"--ram own + {block.own_and}", command) if block.own_and else command
-        if key not in _TOLD or re.search(r"--save|--plan|report|slice_mlp|[>]", command):
+        if key not in _TOLD or re.search(r"--save|--plan|report|slice_mlp|[>]|tightfit (?:tune|export)|--adapter", command):
             _TOLD[key] = answer(command, block)
         return _TOLD[key]
 

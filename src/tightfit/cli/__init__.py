@@ -168,20 +168,24 @@ def report_command(file: Annotated[str, typer.Argument(help="A report that `run 
 
 @app.command("list")
 def list_command(as_json: Json = False) -> None:
-    """List techniques and presets."""
-    from tightfit.catalog import technique_names, technique_summary
+    """List techniques, recipes and presets."""
+    from tightfit.catalog import recipe_names, summary, technique_names
     from tightfit.presets import presets
 
-    values = {"techniques": {name: technique_summary(name) for name in technique_names()}, "presets": list(presets())}
+    rooms = {"techniques": technique_names(), "recipes": recipe_names()}
+    values = {room: {name: summary(name) for name in names} for room, names in rooms.items()} | {"presets": list(presets())}
     if not emit(values, as_json):
-        for name, summary in values["techniques"].items():
-            out.print(f"[bold]{name:<10}[/] {summary}")
-        out.print(f"\n[bold]presets[/]    {', '.join(values['presets'])}")
+        for room in rooms:
+            for name, text in values[room].items():
+                label = name if room == "techniques" else f"recipe {name}"
+                out.print(f"[bold]{label:<14}[/] {escape(text)}")
+            out.print()
+        out.print(f"[bold]presets[/]        {', '.join(values['presets'])}")
 
 
 @app.command("explain")
-def explain_command(name: Annotated[str, typer.Argument(help="A technique.")], as_json: Json = False) -> None:
-    """Explain a technique: what shrinks, what it costs, how it works, its settings and its paper."""
+def explain_command(name: Annotated[str, typer.Argument(help="A technique or a recipe.")], as_json: Json = False) -> None:
+    """Explain a technique or a recipe: what it does and costs, what to expect, its settings and its paper."""
     from tightfit.catalog import explain
 
     explained = explain(name)
@@ -221,7 +225,7 @@ def demo_command(as_json: Json = False) -> None:
     emit(demo(Console(file=StringIO()) if as_json else out), as_json)
 
 
-from tightfit.cli import tuning  # noqa: E402, F401  # its verbs join the app
+from tightfit.cli import recipe, tuning  # noqa: E402, F401  # their verbs join the app
 
 
 def main() -> None:

@@ -1,4 +1,4 @@
-"""The command line's verbs of tuning: `tune`, `export`, `recipe`."""
+"""The command line's verbs of tuning: `tune`, `export`."""
 
 import os
 from pathlib import Path

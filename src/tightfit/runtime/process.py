@@ -61,6 +61,14 @@ def keep_heap_tight(threshold: int = 256 << 10) -> None:
         library.mallopt(_M_TRIM_THRESHOLD, threshold)
 
 
+def keep_heap_loose() -> None:
+    """Let glibc keep freed blocks of up to 32 MiB for the next step: a third of a step's time goes into fresh pages otherwise.
+
+    What it keeps lies scattered: up to a quarter of a step's own bytes, seen with a model of 160 million parameters.
+    """
+    keep_heap_tight(32 << 20)
+
+
 def keep_quiet() -> None:
     """Let the libraries beneath say only errors; what a person must know, tightfit says itself."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")

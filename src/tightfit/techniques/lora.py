@@ -69,6 +69,8 @@ class LoRA:
         """Paths of the linear layers that get an adapter. Raises `TightfitError` where there is none."""
         if self.rank < 1:
             raise TightfitError(f"`lora:rank` is at least 1, not {self.rank}", hint="8 to 64 are usual")
+        if not 0 <= self.dropout < 1:
+            raise TightfitError(f"`dropout` is from 0 to below 1, not {self.dropout}", hint="0.05 and 0.1 are usual")
         refuse_second_adapter(model, "lora")
         return linear_paths(model, self.where, "lora")
 

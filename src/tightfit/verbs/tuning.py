@@ -16,7 +16,7 @@ from tightfit.describe.lengths import check_lengths, positions_of
 from tightfit.describe.skeleton import Skeleton
 from tightfit.describe.source import describe
 from tightfit.runtime.build import Progress, build
-from tightfit.runtime.process import keep_heap_tight
+from tightfit.runtime.process import keep_heap_loose, keep_heap_tight
 from tightfit.runtime.tokens import load_tokenizer
 from tightfit.runtime.weights import refuse_weightless
 from tightfit.terms.budget import Budget
@@ -134,7 +134,7 @@ def tune(
     if planned.workload.task != "tune":
         raise TightfitError(f"the plan is for `{planned.workload.task}`, not for tuning", hint="plan again with `--task tune`")
     tuning, folder = tuning or Tuning(), Path(out)
-    keep_heap_tight()
+    keep_heap_loose() if has_room(planned) else keep_heap_tight()
     skeleton = describe(planned.model, "tune", random_weights=planned.random_weights)
     facts = facts_of(skeleton)
     skeleton = computed_in(skeleton, planned.workload.precision, planned.techniques)
@@ -176,6 +176,13 @@ def request_of(planned: Plan, lesson: Any, tuning: Tuning, base: str) -> dict[st
         "techniques": {name: dict(settings) for name, settings in planned.techniques.items() if name not in moving},
         **{f"setting `{name}`": value for name, value in asdict(tuning).items()},
     }
+
+
+def has_room(planned: Plan) -> bool:
+    """Whether the budget has half as much to spare as what comes and goes in a step, so that freed memory may be kept for the next."""
+    parts = planned.predicted["ram"]
+    passing = sum(parts.get(kind, 0) for kind in ("activations", "gradients", "workspace"))
+    return 2 * (planned.budget.ram - planned.predicted_bytes("ram")) > passing
 
 
 def _accelerator(planned: Plan, folder: Path, trackers: Iterable[str]) -> Any:

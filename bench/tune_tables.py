@@ -178,25 +178,34 @@ def tune_quality(results: Results) -> str:
     for model, result in found.items():
         for task, said in result["summary"].items():
             beside += [[model, task, *_quality_row(said, ours)] for ours in said["methods"] if ours.startswith("side-")]
-            cut = [said["over_lora"].get(f"dylora-{rank}", {}).get("mean") for rank in result["settings"]["ranks"]]
-            if any(cut):
-                cuts.append([model, task, *(percent(ratio and ratio - 1) for ratio in cut)])
+            for run, longer in {"dylora": 1, **result["settings"]["longer"]}.items():
+                cut = [said["over_lora"].get(f"{run}-{rank}", {}) for rank in result["settings"]["ranks"]]
+                if any(cut):
+                    seeds = str(max(len(over.get("seeds", [])) for over in cut))
+                    cuts.append([model, task, f"× {longer}", seeds, *(percent(over["mean"] - 1 if over else None) for over in cut)])
     intro = (
-        "Mean held-out loss in nats a token over the seeds, ± their standard deviation; equal steps on equal batches, rates chosen for "
-        "each method on a validation part. *Gain*: QST's way down from the untuned model, as a share of LoRA's."
+        "Mean held-out loss in nats a token over the seeds, ± their standard deviation; equal steps on equal batches, rates from a "
+        "few tries on a validation part. *Gain*: QST's way down from the untuned model, as a share of LoRA's."
     )
-    parts = [intro, table("model|task|untuned:|LoRA, rank 16:|reduction:|QST:|QST over LoRA:|within 3 %|gain:|full tuning:", beside)]
+    parts = [intro, table("model|task|untuned:|LoRA, rank 16:|reduction:|seeds:|QST:|QST over LoRA:|within 3 %|gain:|full tuning:", beside)]
     if cuts:
         ranks = next(iter(found.values()))["settings"]["ranks"]
-        parts += ["Loss of one DyLoRA run, cut at each rank, over that of a LoRA trained at the rank:"]
-        parts += [table("model|task|" + "|".join(f"{rank}:" for rank in ranks), cuts), f"![loss by rank]({TUNE_FIGURE})"]
+        parts += [
+            "Loss of one DyLoRA run, cut at each rank, over that of a LoRA trained at the rank. *Steps*: in multiples of those of one such "
+            "LoRA. At × 1 the run has as many as each LoRA, so that each rank gets a share of them; at × 6 as many as the six LoRA "
+            "together, in whose place it stands:"
+        ]
+        parts += [table("model|task|steps:|seeds:|" + "|".join(f"{rank}:" for rank in ranks), cuts), f"![loss by rank]({TUNE_FIGURE})"]
     return "\n\n".join([*parts, *(told(result["machine"], "tune_quality", model) for model, result in found.items())])
 
 
 def _quality_row(said: dict[str, Any], ours: str) -> list[str]:
-    losses = {name: f"{way['mean']:.3f} ± {way['spread']:.3f}" for name, way in said["methods"].items()}
+    losses = {
+        name: f"{way['mean']:.3f}" + (f" ± {way['spread']:.3f}" if len(way["seeds"]) > 1 else "") for name, way in said["methods"].items()
+    }
     over, gain = said["over_lora"].get(ours, {}), said.get("share_of_gain", {}).get(ours)
     untuned, lora, full = (losses.get(name, ABSENT) for name in ("base", "lora-16", "full"))
     ratio = percent(over["mean"] - 1 if over else None)
-    reduction, share = ours.partition("-")[2], ABSENT if gain is None else f"{gain:.0%}"
-    return [untuned.partition(" ±")[0], lora, reduction, losses[ours], ratio, yes(over.get("kept")), share, full]
+    reduction, share = ours.removeprefix("side-").replace("-base", ", first a copy of the base"), ABSENT if gain is None else f"{gain:.0%}"
+    seeds = str(len(said["methods"][ours]["seeds"]))
+    return [untuned.partition(" ±")[0], lora, reduction, seeds, losses[ours], ratio, yes(over.get("kept")), share, full]

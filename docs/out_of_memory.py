@@ -9,6 +9,7 @@ from dataclasses import replace
 import tightfit
 from tightfit import Budget, Plan, Workload
 from tightfit.describe.source import describe
+from tightfit.runtime.process import keep_quiet
 
 ROOM = Budget.parse(ram="4TiB", disk="4TiB")
 FREE = ("lora", "chunked_loss")
@@ -28,13 +29,14 @@ LADDER = (
 
 def main(model: str = "llama-2-7b", batch: str = "4", context: str = "512") -> None:
     """Print a line for each remedy: bytes by kind and all together, and how long a step takes beside LoRA's."""
+    keep_quiet()
     skeleton, asked = describe(model, "tune"), Workload("tune", int(batch), int(context))
     print(f"{model}, {batch} × {context} tokens, GiB of RAM")
     print(f"{'':<26}{'weights':>9}{'learning':>10}{'activations':>13}{'overhead':>10}{'all':>8}{'time':>7}")
     plain = 0.0
     for name, techniques, parts, shorter in LADDER:
         work = replace(asked, micro_batch=max(1, asked.batch // parts), tokens=asked.tokens // shorter)
-        planned = tightfit.plan(skeleton, work, ROOM, "small", techniques)
+        planned = tightfit.plan(skeleton, work, ROOM, "exact", techniques)
         plain = planned.seconds["step"] if techniques == ("lora",) else plain
         print(f"{name:<26}{_sizes(planned)}{_ratio(planned.seconds['step'], plain)}")
 

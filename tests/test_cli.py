@@ -74,6 +74,7 @@ def test_plan_json_tells_all(tightfit_says):
         "optimizer": "adamw",
         "micro_batch": 0,
         "precision": "no",
+        "target_tokens": 0,
     }
     assert values["techniques"]["offload"]["streamed"] == [place for place, home in enumerate(values["residency"]) if home != "gpu"]
     assert (len(values["residency"]), sum(values["resting"].values())) == (32, 32)

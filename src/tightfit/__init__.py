@@ -33,6 +33,7 @@ _FACE = {
     "tune": "verbs.tuning",
     "probe": "runtime.probe",
     "run": "verbs",
+    "save_adapter": "verbs",
 }
 
 __all__ = sorted(_FACE)

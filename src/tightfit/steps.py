@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from tightfit.contracts import Paced
 from tightfit.terms.errors import TightfitError, near
@@ -119,4 +120,5 @@ def loss_of(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
 
 
 def _takes(model: nn.Module, argument: str) -> bool:
-    return argument in inspect.signature(type(model).forward).parameters
+    inner = model.module if isinstance(model, DistributedDataParallel) else model
+    return argument in inspect.signature(type(inner).forward).parameters

@@ -441,14 +441,13 @@ def test_collate() -> None:
         Records([{"prompt": "a", "completion": "b"}, {"prompt": "a b c", "completion": "d"}], "completion"), tokenizer, 8
     )
     a, b, c, d = tokenizer.convert_tokens_to_ids(["a", "b", "c", "d"])
-    batch = collate(samples, [0, 1], pad_id=7)
+    batch = collate(samples, [0, 1])
     assert {name: part.tolist() for name, part in batch.items()} == {
-        "input_ids": [[a, b, 0, 7, 7], [a, b, c, d, 0]],
+        "input_ids": [[a, b, 0, 0, 0], [a, b, c, d, 0]],
         "labels": [[-100, b, 0, -100, -100], [-100, -100, -100, d, 0]],
     }
     assert all(part.dtype == torch.int64 for part in batch.values())
-    assert collate(samples, [0, 1], pad_id=None)["input_ids"].tolist()[0] == [a, b, 0, 0, 0]
-    assert collate(samples, [1], pad_id=7)["input_ids"].tolist() == [[a, b, c, d, 0]]
+    assert collate(samples, [1])["input_ids"].tolist() == [[a, b, c, d, 0]]
 
 
 def test_collate_for_an_encoder() -> None:
@@ -458,14 +457,14 @@ def test_collate_for_an_encoder() -> None:
     tokenizer = words()
     samples = encode_records(records, tokenizer, 8, encoder_decoder=True)
     a, b, c, d = tokenizer.convert_tokens_to_ids(["a", "b", "c", "d"])
-    batch = collate(samples, [0, 1], 7, encoder_decoder=True)
+    batch = collate(samples, [0, 1], encoder_decoder=True)
     assert {name: part.tolist() for name, part in batch.items()} == {
-        "input_ids": [[a, 7], [a, b]],
+        "input_ids": [[a, 0], [a, b]],
         "labels": [[b, c, 0], [d, 0, -100]],
         "attention_mask": [[1, 0], [1, 1]],
     }
     assert all(part.dtype == torch.int64 for part in batch.values())
-    assert set(collate(samples, [0, 2], 7, encoder_decoder=True)) == {"input_ids", "labels"}  # only answers are padded
+    assert collate(samples, [0, 2], encoder_decoder=True)["attention_mask"].tolist() == [[1], [1]]  # always, as the plan foresees
 
 
 def test_every_epoch_takes_every_sample_once() -> None:

@@ -12,9 +12,12 @@ import pytest
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "json.md"
 
 
+_LEFT = ("log.jsonl", "tightfit.json")
+
+
 def documented(verb: str) -> set[str]:
     """The field names in the first table under the heading of `verb`."""
-    part = PAGE.read_text().split(f"## {verb} --json\n")[1].split("\n## ")[0]
+    part = PAGE.read_text().split(f"## {verb} --json\n")[1].split("\n## ")[0].split("\n`log.jsonl`")[0]
     return set(re.findall(r"^\| `([\w.]+)`", part, re.MULTILINE))
 
 
@@ -35,16 +38,22 @@ def fields_of(values: Mapping[str, Any], names: set[str]) -> set[str]:
 @pytest.fixture
 def answered(tightfit_says: Callable[..., Any], tmp_path: Path) -> Callable[[str], dict[str, Any]]:
     (tmp_path / "some.txt").write_text("The sea was calm that morning. " * 30)
+    (tmp_path / "some.jsonl").write_text('{"prompt": "The sea", "completion": " was calm."}\n' * 2)
+    tuned = [tmp_path / "some.jsonl", "--ram", "4GiB", "--steps", "2", "--technique", "lora:rank=2"]
     words = {
         "plan": ["tightfit-demo", "--ram", "4GiB"],
         "run": ["tightfit-demo", "--ram", "4GiB", "--max-new-tokens", "3"],
         "eval": ["tightfit-demo", tmp_path / "some.txt", "--ram", "4GiB"],
+        "tune": ["tightfit-demo", *tuned, "--eval", tmp_path / "some.jsonl", "-o", tmp_path / "out"],
+        "export": [tmp_path / "out", "-o", tmp_path / "exported"],
         "list": [],
         "explain": ["int8"],
         "demo": [],
     }
 
     def answer(verb: str) -> dict[str, Any]:
+        if verb == "export":
+            answer("tune")
         said = tightfit_says(verb, *words[verb], "--json")
         assert said.code == 0, said.err
         return json.loads(said.out)
@@ -52,10 +61,22 @@ def answered(tightfit_says: Callable[..., Any], tmp_path: Path) -> Callable[[str
     return answer
 
 
-@pytest.mark.parametrize("verb", ["plan", "run", "eval", "list", "explain", "demo"])
+@pytest.mark.parametrize("verb", ["plan", "run", "eval", "tune", "export", "list", "explain", "demo"])
 def test_page_names_the_fields_that_are_there(verb: str, answered: Callable[[str], dict[str, Any]]) -> None:
     names = documented(verb)
     assert fields_of(answered(verb), names) == names
+
+
+def test_page_names_what_tuning_leaves_in_its_folder(answered: Callable[[str], dict[str, Any]], tmp_path: Path) -> None:
+    answered("tune")
+    part = PAGE.read_text().split("## tune --json\n")[1].split("\n## ")[0]
+    tables = {name: set(re.findall(r"^\| `(\w+)`", part.split(f"\n`{name}`")[1].split("\n`")[0], re.MULTILINE)) for name in _LEFT}
+    lines = [json.loads(line) for line in (tmp_path / "out" / "log.jsonl").read_text().splitlines()]
+    assert {name for line in lines for name in line} == tables["log.jsonl"]
+    assert json.loads((tmp_path / "out" / "tightfit.json").read_text()).keys() == tables["tightfit.json"]
+    request = json.loads((tmp_path / "out" / "request.json").read_text())
+    named = set(re.findall(r"`([\w -]+)`", part.split("\n`request.json`")[1]))
+    assert {name for name in request if not name.startswith("setting ")} <= named
 
 
 def test_page_names_the_fields_of_the_probe() -> None:

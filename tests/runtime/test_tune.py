@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import shutil
 import signal
 import subprocess
@@ -243,6 +244,12 @@ def other_base(base, tmp_path):
     return changed, model
 
 
+def test_what_changes_no_loss_may_change_in_a_resumed_run(base, data, tmp_path):
+    run(base, data, tmp_path / "out")
+    shutil.rmtree(tmp_path / "out" / "checkpoints" / "step-000006")
+    run(base, data, tmp_path / "out", replace(QUICK, save_every=1, keep=5, evaluate_every=1), resume=True)
+
+
 @pytest.mark.parametrize(
     ("name", "asked"),
     [
@@ -353,29 +360,122 @@ def test_a_killed_run_leaves_a_whole_checkpoint_and_goes_on(base, data, tmp_path
     assert not list((out / "checkpoints").glob(".*"))
 
 
-def test_two_processes_learn_what_one_does(base, data, tmp_path):
-    """Distributed data-parallel over gloo: the same losses to rounding, the batch shared between them."""
-    _, alone = run(base, data, tmp_path / "alone", batch=5)
+@pytest.mark.parametrize("technique", ["lora:rank=4", "dylora:rank=4"])
+def test_two_processes_learn_what_one_does(base, data, tmp_path, technique):
+    """Distributed data-parallel over gloo, 13 samples by 5 to a step: the same losses, with an evaluation, checkpoints and a resumption.
+
+    The last step of an epoch has 3 rows, and with 4 to a step a single one, which leaves the second process idle.
+    """
     script = tmp_path / "main.py"
-    script.write_text("from tightfit.cli import main\nif __name__ == '__main__':\n    main()\n")
-    words = ["tune", str(base), str(data), "-o", str(tmp_path / "out"), "--ram", "64GiB", "--disk", "10GiB", "--batch", "5", "--steps", "6"]
-    words += ["--lr", "0.01", "--save-every", "2", "--technique", "lora:rank=4"]
-    launch = [
-        sys.executable,
-        "-m",
-        "accelerate.commands.launch",
-        "--cpu",
-        "--num_processes",
-        "2",
-        "--num_machines",
-        "1",
-        "--mixed_precision",
-        "no",
-    ]
-    done = subprocess.run([*launch, "--dynamo_backend", "no", str(script), *words], capture_output=True, text=True, check=False)
+    script.write_text(
+        "import json, os, sys\nfrom tightfit.cli import main\n"
+        "assert os.environ['WORLD_SIZE'] == '2'\nif __name__ == '__main__':\n    main()\n"
+    )
+    words = ["tune", str(base), str(data), "-o", str(tmp_path / "out"), "--ram", "64GiB", "--disk", "10GiB", "--batch", "4", "--steps", "5"]
+    words += ["--learning-rate", "0.01", "--save-every", "2", "--technique", technique, "--eval", str(data)]
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(script), *words]
+    environment = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(launch, capture_output=True, text=True, check=False, env=environment)
     assert done.returncode == 0, done.stderr[-2000:]
-    log = [line for line in read_journal(tmp_path / "out" / "log.jsonl") if "loss" in line]
-    assert losses(log) == pytest.approx(losses(alone), rel=1e-4)
+    _, alone = run(base, data, tmp_path / "alone", replace(QUICK, steps=5), techniques=(technique,), held_out=data)
+    log = read_journal(tmp_path / "out" / "log.jsonl")
+    assert losses([line for line in log if "loss" in line]) == pytest.approx(losses(alone), rel=1e-4)
+    before = [line["held_out_loss"] for line in read_journal(tmp_path / "alone" / "log.jsonl") if "held_out_loss" in line]
+    assert [line["held_out_loss"] for line in log if "held_out_loss" in line] == pytest.approx(before, rel=1e-4)
+    states = tmp_path / "out" / "checkpoints" / "step-000004" / "state"
+    assert {"random_states_0.pkl", "random_states_1.pkl"} <= {path.name for path in states.iterdir()}
+    shutil.rmtree(tmp_path / "out" / "checkpoints" / "step-000005")
+    again = subprocess.run([*launch, "--resume"], capture_output=True, text=True, check=False, env=environment)
+    assert again.returncode == 0, again.stderr[-2000:]
+    resumed = [line["loss"] for line in read_journal(tmp_path / "out" / "log.jsonl") if "loss" in line]
+    assert resumed == losses([line for line in log if "loss" in line])
+
+
+def test_a_run_killed_before_its_adapter_was_put_in_place_is_finished(base, data, tmp_path):
+    _, straight = run(base, data, tmp_path / "out")
+    adapter = adapter_bytes(tmp_path / "out")
+    for path in [*(tmp_path / "out").glob("adapter_*"), tmp_path / "out" / "tightfit.json"]:
+        path.unlink()
+    report, log = run(base, data, tmp_path / "out", resume=True)
+    assert adapter_bytes(tmp_path / "out") == adapter
+    assert report.scores["loss"] == losses(straight)[-1] and losses(log) == losses(straight)
+
+
+def test_a_run_that_saved_nothing_gives_way(base, data, tmp_path):
+    def stop(done, whole, loss):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run(base, data, tmp_path / "out", watch=stop)
+    run(base, data, tmp_path / "out", replace(QUICK, learning_rate=1e-3))
+
+
+def test_a_single_step_is_measured(base, data, tmp_path):
+    report, _ = run(base, data, tmp_path / "out", replace(QUICK, steps=1))
+    assert report.measured_bytes > 0
+
+
+def test_no_step_is_refused(base, data, tmp_path):
+    with pytest.raises(TightfitError, match="no step to make"):
+        run(base, data, tmp_path / "out", Tuning(epochs=0.0))
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"schedule": "cosin"}, {"learn": "answers"}, {"learning_rate": -1.0}, {"clip": math.nan}, {"warmup": 2.0}, {"keep": 0}]
+)
+def test_settings_are_checked(wrong):
+    with pytest.raises(TightfitError):
+        Tuning(**wrong)
+
+
+def test_a_longer_held_out_sample_is_planned_for(base, data, tmp_path):
+    held = tmp_path / "held.jsonl"
+    held.write_text(json.dumps({"instruction": "Count.", "output": " ".join(["one"] * 200)}))
+    report, _ = run(base, data, tmp_path / "out", held_out=held)
+    assert report.plan.workload.tokens > 200 and math.isfinite(report.scores["held_out_loss"])
+
+
+def test_a_quantized_model_cannot_be_tuned_itself(base, data, tmp_path):
+    with pytest.raises(TightfitError, match="a model in `nf4` cannot be tuned itself"):
+        run(base, data, tmp_path / "out", techniques=("nf4",))
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_config_of_a_tuned_model_is_as_it_was(base, data, tmp_path):
+    run(base, data, tmp_path / "out", techniques=())
+    before, after = (json.loads((folder / "config.json").read_text()) for folder in (base, tmp_path / "out"))
+    assert after.get("use_cache") == before.get("use_cache")
+
+
+def test_the_environment_of_accelerate_changes_no_gradient(base, data, tmp_path, monkeypatch):
+    _, straight = run(base, data, tmp_path / "straight")
+    monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "4")
+    _, log = run(base, data, tmp_path / "out")
+    assert [line["gradient_norm"] for line in log] == [line["gradient_norm"] for line in straight]
+
+
+@pytest.mark.parametrize("fault", ["garbage", "no random states"])
+def test_states_that_cannot_be_read_are_named(base, data, tmp_path, fault):
+    run(base, data, tmp_path / "out")
+    shutil.rmtree(tmp_path / "out" / "checkpoints" / "step-000006")
+    state = tmp_path / "out" / "checkpoints" / "step-000004" / "state"
+    (state / "optimizer.bin").write_bytes(b"garbage") if fault == "garbage" else (state / "random_states_0.pkl").unlink()
+    with pytest.raises(TightfitError, match="is damaged"):
+        run(base, data, tmp_path / "out", resume=True)
+
+
+def test_over_the_budget_a_checkpoint_is_saved_first(base, data, tmp_path, monkeypatch):
+    from tightfit.runtime import observe
+
+    calls = iter(range(100))
+    monkeypatch.setattr(observe.Account, "refuse_overrun", lambda self: stop() if next(calls) == 2 else None)
+
+    def stop():
+        raise TightfitError("stopped: the process holds too much")
+
+    with pytest.raises(TightfitError, match="stopped"):
+        run(base, data, tmp_path / "out")
+    assert [path.name for path in sorted((tmp_path / "out" / "checkpoints").iterdir())] == ["step-000002", "step-000003"]
 
 
 @pytest.mark.parametrize("techniques", [("lora:rank=4",), ("side:reduction=4",), ()], ids=["lora", "side", "full"])
@@ -408,6 +508,8 @@ def test_encoder_decoders_learn_answers(data, tmp_path):
     config = T5Config(vocab_size=len(tokenizer), **sizes, decoder_start_token_id=0, pad_token_id=0, eos_token_id=tokenizer.eos_token_id)
     T5ForConditionalGeneration(config).save_pretrained(tmp_path / "t5")
     tokenizer.save_pretrained(tmp_path / "t5")
-    report, log = run(tmp_path / "t5", data, tmp_path / "out", replace(QUICK, steps=12))
+    report, log = run(tmp_path / "t5", data, tmp_path / "out", replace(QUICK, steps=12), batch=13)
+    work = report.plan.workload
     assert log[-1]["loss"] < log[0]["loss"]
-    assert report.deviation < 0.01
+    assert work.tokens != work.target_tokens > 0
+    assert abs(report.deviation) < 0.01, (report.measured, report.plan.predicted)

@@ -22,6 +22,7 @@ PLAN = Plan(
     seconds={"load": 1.5, "prefill": 0.25, "token": 0.125, "stream": 0.1},
     streamed_bytes=77,
     random_weights=True,
+    adapter="learned",
     reasons=("because", "so"),
     turned_down=(TurnedDown(("int8",), "slower"), TurnedDown((), "does not fit")),
     notes=("a note",),
@@ -63,7 +64,8 @@ def test_a_newer_format_is_refused():
 
 
 FIELDS = ["format", *Plan.__dataclass_fields__]
-LEGAL = {("model", "str"), ("quality", "str"), ("streamed_bytes", "int"), ("format", "int"), ("techniques", "dict"), ("workload", "dict")}
+TEXTS = ("model", "quality", "adapter")
+LEGAL = {*((name, "str") for name in TEXTS), ("streamed_bytes", "int"), ("format", "int"), ("techniques", "dict"), ("workload", "dict")}
 """Junk that one cannot tell from a value; a workload has a default for every field."""
 
 
@@ -80,7 +82,10 @@ def test_a_plan_with_one_field_of_junk_is_refused(field, junk):
 
 @pytest.mark.parametrize(
     "field",
-    ["format", *(name for name in FIELDS[1:] if name not in ("streamed_bytes", "random_weights", "reasons", "turned_down", "notes"))],
+    [
+        "format",
+        *(name for name in FIELDS[1:] if name not in ("streamed_bytes", "random_weights", "adapter", "reasons", "turned_down", "notes")),
+    ],
 )
 def test_a_plan_without_a_field_is_refused(field):
     values = PLAN.to_json()

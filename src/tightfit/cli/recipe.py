@@ -1,5 +1,6 @@
 """The command line's verb `recipe`: each recipe is a command of its own, whose options are the settings of its function."""
 
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from inspect import Parameter, getdoc, signature
@@ -63,7 +64,7 @@ def _command(name: str, run: Callable[..., Report]) -> Callable[..., None]:
                 talk.print(
                     f"\ninterrupted; while steps were left, `--resume` goes on from the last checkpoint in {escape(settings['output'])}"
                 )
-                raise typer.Exit(_LATER) from None
+                sys.exit(_LATER)
         emit(report.to_json(), as_json) or _tell(report, settings)
         if save_report:
             write(save_report, report.to_json())

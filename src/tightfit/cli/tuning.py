@@ -1,6 +1,8 @@
 """The command line's verbs of tuning: `tune`, `export`."""
 
 import os
+import sys
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -8,7 +10,7 @@ import typer
 from rich.markup import escape
 
 from tightfit.cli.options import Json, Model, QualityOption, Size, Techniques, app, one_of, quiet, shown
-from tightfit.talk import bar, emit, out, talk, write
+from tightfit.talk import bar, emit, out, refuse_unwritable, talk, write
 from tightfit.terms.budget import Budget
 from tightfit.terms.errors import TightfitError
 from tightfit.terms.plan import Plan
@@ -35,7 +37,7 @@ def tune_command(
     context: Annotated[int, typer.Option(min=0, help="Tokens at which samples are cut; 0: 1024, or what the model takes.")] = 0,
     epochs: Annotated[float, typer.Option(min=0.0, help="Times through the data.")] = 1.0,
     steps: Annotated[int, typer.Option(min=0, help="Updates, in place of epochs.")] = 0,
-    lr: Annotated[float, typer.Option(min=0.0, help="Learning rate.")] = 2e-4,
+    lr: Annotated[float, typer.Option("--lr", "--learning-rate", min=0.0, help="Learning rate.")] = 2e-4,
     schedule: Annotated[str, typer.Option(help="constant, constant_with_warmup, linear or cosine.")] = "cosine",
     warmup: Annotated[float, typer.Option(min=0.0, max=1.0, help="Share of the steps.")] = 0.03,
     weight_decay: Annotated[float, typer.Option(min=0.0)] = 0.0,
@@ -51,6 +53,7 @@ def tune_command(
     bad_share: Annotated[float, typer.Option(min=0.0, max=1.0, help="Share of unreadable lines to put up with.")] = 0.0,
     track: Annotated[list[str] | None, typer.Option(help="tensorboard, or another of accelerate's trackers.", show_default=False)] = None,
     seed: Annotated[int, typer.Option(min=0, max=(1 << 32) - 1)] = 0,
+    plan_only: Annotated[bool, typer.Option("--plan-only", help="Say what would happen, and stop.")] = False,
     as_json: Json = False,
     save_report: Annotated[str | None, typer.Option(help="Write the report to this file.", show_default=False)] = None,
 ) -> None:
@@ -59,11 +62,11 @@ def tune_command(
         epochs=epochs,
         steps=steps,
         learning_rate=lr,
-        schedule=one_of("schedule", schedule, "constant", "constant_with_warmup", "linear", "cosine"),
+        schedule=schedule,  # type: ignore[arg-type]  # checked there
         warmup=warmup,
         weight_decay=weight_decay,
         clip=clip,
-        learn=one_of("way to learn", learn, "completion", "all"),
+        learn=learn,  # type: ignore[arg-type]
         packing=packing,
         seed=seed,
         evaluate_every=eval_every,
@@ -72,20 +75,26 @@ def tune_command(
         bad_share=bad_share,
     )
     precision = one_of("mixed precision", mixed_precision, "no", "bf16")
+    refuse_unwritable(save_report)
     quiet()
     from tightfit.verbs import tuning as verbs
 
     if full and verbs.trains(technique or ()):
         raise TightfitError("`--full` tunes the model itself; an adapter would freeze it", hint="leave out `--full` or the adapter")
     is_main = os.environ.get("RANK", "0") == "0"  # of the processes that `accelerate launch` starts
-    talk.quiet = talk.quiet or not is_main
     shows = is_main and not as_json
     with bar("reading", shows, "samples") as progress:
         lesson = verbs.read_lesson(model, data, context, tuning, held_out, progress)
-    with talk.status(f"rehearsing {escape(model)}"):
+    with talk.status(f"rehearsing {escape(model)}") if is_main else nullcontext():
         given = [*(technique or ()), *([] if full or verbs.trains(technique or ()) else ["lora"])]
-        budget = verbs.budget_of(output) if resume and not (gpu or ram or disk) else Budget.parse(gpu, ram, disk)
-        planned = verbs.plan_tuning(model, lesson, batch, budget, quality, given, micro_batch, precision)  # type: ignore[arg-type]
+        before = verbs.plan_of(output) if resume else None
+        budget = before.budget if before and not (gpu or ram or disk) else Budget.parse(gpu, ram, disk)
+        rows = micro_batch or (before.workload.micro_batch if before else 0)
+        planned = verbs.plan_tuning(model, lesson, batch, budget, quality, given, rows, precision)  # type: ignore[arg-type]
+    if plan_only:
+        if is_main:
+            emit(planned.to_json(), as_json) or shown().show_plan(planned, out)
+        return
     report = _tuned(planned, lesson, output, tuning, resume, tuple(track or ()), shows)
     if is_main:
         emit(report.to_json(), as_json) or _tell(report, model, output, full)
@@ -109,7 +118,7 @@ def _tuned(planned: Plan, lesson: Any, output: str, tuning: Tuning, resume: bool
             return verbs.tune(planned, lesson, output, tuning, resume, trackers, loading, watch)
     except KeyboardInterrupt:
         talk.print(f"\ninterrupted; `--resume` goes on from the last checkpoint in {escape(output)}")
-        raise typer.Exit(_LATER) from None
+        sys.exit(_LATER)
 
 
 def _tell(report: Report, model: str, output: str, full: bool) -> None:

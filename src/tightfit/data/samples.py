@@ -1,6 +1,7 @@
 """Samples: token ids and labels of a whole data set, in flat arrays."""
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 
@@ -31,15 +32,20 @@ class Samples:
         """Token ids and labels, -100 where nothing counts. Views, not to be written to."""
         return self.ids[self.starts[i] : self.starts[i + 1]], self.labels[self.label_starts[i] : self.label_starts[i + 1]]
 
-    @property
+    @cached_property
     def lengths(self) -> np.ndarray:
         """Tokens of each sample; for encoder–decoder models of its longer side."""
         return np.maximum(np.diff(self.starts), np.diff(self.label_starts))
 
     @property
     def longest(self) -> int:
-        """Tokens of the longest sample."""
-        return int(self.lengths.max())
+        """Tokens of the longest sample; for encoder–decoder models of what is read."""
+        return int(np.diff(self.starts).max())
+
+    @property
+    def longest_target(self) -> int:
+        """Tokens of the longest answer of an encoder–decoder model; 0 for a decoder, which has one side."""
+        return 0 if self.shifted else int(np.diff(self.label_starts).max())
 
     @property
     def tokens(self) -> int:

@@ -193,18 +193,18 @@ def _notes(flat: _Flat, records: Records, tokenizer: Any, max_tokens: int, encod
     return notes
 
 
-def collate(samples: Samples, indices: Sequence[int], pad_id: int | None, encoder_decoder: bool = False) -> dict[str, Tensor]:
+def collate(samples: Samples, indices: Sequence[int], encoder_decoder: bool = False) -> dict[str, Tensor]:
     """A batch, padded on the right.  # input_ids: (rows, longest), labels: the same, or (rows, longest answer)
 
-    An `attention_mask` comes only with padded prompts for an encoder: a decoder never looks at what comes later.
+    An `attention_mask` comes only with prompts for an encoder: a decoder never looks at what comes later, so any id will pad it.
     """
     rows = [samples.sample(i) for i in indices]
     lengths = [len(ids) for ids, _ in rows]
     batch = {
-        "input_ids": _padded([ids for ids, _ in rows], 0 if pad_id is None else pad_id),
+        "input_ids": _padded([ids for ids, _ in rows], 0),
         "labels": _padded([labels for _, labels in rows], IGNORED),
     }
-    if encoder_decoder and min(lengths) < max(lengths):
+    if encoder_decoder:
         batch["attention_mask"] = (torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]).long()
     return batch
 

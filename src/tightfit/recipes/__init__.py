@@ -31,6 +31,6 @@ SILENT = Told()
 
 def budget_of_run(output: str, resume: bool, gpu: str | None, ram: str | None, disk: str | None) -> Budget:
     """The budget from texts such as `6GiB`; a run that goes on keeps its own where none is given."""
-    from tightfit.verbs.tuning import budget_of
+    from tightfit.verbs.tuning import plan_of
 
-    return budget_of(output) if resume and not (gpu or ram or disk) else Budget.parse(gpu, ram, disk)
+    return plan_of(output).budget if resume and not (gpu or ram or disk) else Budget.parse(gpu, ram, disk)

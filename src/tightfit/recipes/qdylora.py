@@ -117,7 +117,7 @@ def mean_loss(built: Any, lesson: Any) -> float:
     work, samples, is_pair = built.plan.workload, lesson.held_out, built.model.config.is_encoder_decoder
     summed, counted = 0.0, 0
     for rows in split_rows([int(length) for length in samples.lengths], work.rows, work.tokens):
-        batch = {name: part.to(built.device) for name, part in collate(samples, rows, lesson.pad_id, is_pair).items()}
+        batch = {name: part.to(built.device) for name, part in collate(samples, rows, is_pair).items()}
         count = int((batch["labels"][:, 0 if is_pair else 1 :] != IGNORED).sum())
         with torch.no_grad(), torch.autocast(built.device.type, torch.bfloat16, enabled=work.precision == "bf16"):
             summed += float(steps.loss_of(built.model, batch)) * count

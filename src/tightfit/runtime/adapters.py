@@ -175,6 +175,13 @@ def load_adapter(built: Built | nn.Module, adapter: Adapter) -> None:
     technique.load_learned(model, adapter.config, adapter.state())
 
 
+def refuse_unsavable(model: nn.Module) -> None:
+    """Raise `TightfitError` where `model`, on `meta` or not, could not be written as a whole under the names that its class reads."""
+    from transformers.core_model_loading import revert_weight_conversion
+
+    _refuse_unreadable(model, revert_weight_conversion(model, dict(model.named_parameters()) | persistent_buffers(model)))
+
+
 def _save_whole(model: Any, folder: Path, base_folder: str) -> None:
     """As `save_pretrained` writes it, under the names of the class's checkpoints. Raises `TightfitError` where these do not lead back."""
     from transformers.core_model_loading import revert_weight_conversion

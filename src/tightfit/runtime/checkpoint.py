@@ -8,23 +8,26 @@ OUT/checkpoints/step-…   the adapter, the optimizer, the schedule and the rand
 """
 
 import json
-import os
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
 from accelerate import Accelerator
 from torch.optim.lr_scheduler import LRScheduler
 
-from tightfit.runtime.adapters import load_adapter, read_adapter, save_adapter
+from tightfit.runtime.adapters import NOTE, load_adapter, read_adapter, save_adapter
 from tightfit.runtime.build import Built
+from tightfit.runtime.files import settle, write_json
+from tightfit.runtime.journal import FILE as LOG
 from tightfit.terms.errors import TightfitError
 from tightfit.terms.plan import Plan
 
-_STEPS, _PREFIX, _STATE, _REQUEST, _PLAN = "checkpoints", "step-", "state", "request.json", "plan.json"
+_STEPS, _PREFIX, _STATE, _SCHEDULE = "checkpoints", "step-", "state", "schedule.bin"
+_REQUEST, _PLAN = "request.json", "plan.json"
 
 
 @dataclass(frozen=True)
@@ -38,47 +41,65 @@ class Checkpoints:
 
     def save(self, step: int, built: Built, schedule: LRScheduler) -> None:
         """Keep the state after `step`: written beside, then renamed, so that a half one is never taken for a whole."""
-        whole, partial = self._at(step), self.folder / _STEPS / f".{_PREFIX}{step:06d}.partial"
-        if self.accelerator.is_main_process:
+        partial = self.folder / _STEPS / f".{_PREFIX}{step:06d}.partial"
+        try:
+            if self.accelerator.is_main_process:
+                shutil.rmtree(partial, ignore_errors=True)
+                partial.mkdir(parents=True)
+            self.accelerator.wait_for_everyone()
+            with _without_model(self.accelerator):
+                self.accelerator.save_state(str(partial / _STATE))
+            self.accelerator.wait_for_everyone()  # every process has written its random states
+            if self.accelerator.is_main_process:
+                self._save_adapter(built, partial, step)
+                torch.save(schedule.state_dict(), partial / _SCHEDULE)
+                self._put_in_place(partial, step)
+        except (OSError, RuntimeError) as error:
             shutil.rmtree(partial, ignore_errors=True)
-            partial.mkdir(parents=True)
+            first = (str(error).splitlines() or [type(error).__name__])[0]
+            raise TightfitError(
+                f"cannot write a checkpoint after step {step}: {first}; {self.last_words()}", hint="make room on the disk, then `--resume`"
+            ) from error
         self.accelerator.wait_for_everyone()
-        with _without_model(self.accelerator):
-            self.accelerator.save_state(str(partial / _STATE))
-        if self.accelerator.is_main_process:
-            self._save_adapter(built, partial, step)
-            torch.save(schedule.state_dict(), partial / "schedule.bin")
-            _sync(partial)
-            shutil.rmtree(whole, ignore_errors=True)
-            partial.replace(whole)
-            for old in self.steps()[: -self.keep]:
-                gone = self._at(old).replace(self.folder / _STEPS / f".{_PREFIX}{old:06d}.partial")
-                shutil.rmtree(gone, ignore_errors=True)
-        self.accelerator.wait_for_everyone()
+
+    def _put_in_place(self, partial: Path, step: int) -> None:
+        """Everything is on the disk before it gets its name, and nothing loses its name half removed."""
+        for path in [*partial.rglob("*"), partial]:
+            settle(path)
+        shutil.rmtree(self._at(step), ignore_errors=True)
+        partial.replace(self._at(step))
+        settle(self.folder / _STEPS)
+        for old in self.steps()[: -self.keep]:
+            gone = self._at(old).replace(self.folder / _STEPS / f".{_PREFIX}{old:06d}.partial")
+            shutil.rmtree(gone, ignore_errors=True)
 
     def steps(self) -> list[int]:
         """The steps after which there is a checkpoint."""
-        return sorted(int(path.name.removeprefix(_PREFIX)) for path in (self.folder / _STEPS).glob(f"{_PREFIX}*"))
+        names = (path.name for path in (self.folder / _STEPS).glob(f"{_PREFIX}*"))
+        return sorted(int(name.removeprefix(_PREFIX)) for name in names if name.removeprefix(_PREFIX).isdigit())
 
     def resume(self, built: Built, schedule: LRScheduler, last: int) -> int:
         """Put the newest checkpoint's state back; returns the step after which it goes on.
 
-        Raises `TightfitError` for a damaged checkpoint, and a run that is over.
+        Raises `TightfitError` for a damaged checkpoint, and a run that is over and has left its adapter.
         """
         found = self.steps()
         if not found:
             return 0
-        if found[-1] >= last:
+        if found[-1] >= last and (self.folder / NOTE).exists():
             raise TightfitError(
                 f"the run in `{self.folder}` is over: {found[-1]} of {last} steps were made",
                 hint="tune with another `-o`, or use what is there",
             )
         folder = self._at(found[-1])
+        states = folder / _STATE / f"random_states_{self.accelerator.process_index}.pkl"
         try:
+            if not states.exists():  # accelerate would go on without a word
+                raise OSError(f"`{states.name}` is missing")
             with _without_model(self.accelerator):
                 self.accelerator.load_state(str(folder / _STATE))
-            schedule.load_state_dict(torch.load(folder / "schedule.bin", weights_only=True))
-        except (OSError, RuntimeError, ValueError, KeyError, EOFError) as error:
+            schedule.load_state_dict(torch.load(folder / _SCHEDULE, weights_only=True))
+        except (OSError, RuntimeError, ValueError, KeyError, EOFError, UnpicklingError) as error:
             first = (str(error).splitlines() or [type(error).__name__])[0]
             raise TightfitError(
                 f"the checkpoint `{folder}` is damaged: {first}", hint="remove its folder; `--resume` then takes the one before"
@@ -105,7 +126,13 @@ class Checkpoints:
 
 
 def begin(folder: Path, request: Mapping[str, Any], plan: Plan) -> None:
-    """Note what was asked and how it will be done. Raises `TightfitError` where another run lies, and where nobody may write."""
+    """Note what was asked and how it will be done. Raises `TightfitError` where another run lies, and where nobody may write.
+
+    A run that ended before its first checkpoint has left nothing to lose, and gives way.
+    """
+    if folder.is_dir() and {path.name for path in folder.iterdir()} <= {_REQUEST, _PLAN, LOG}:
+        for name in (_REQUEST, _PLAN, LOG):
+            (folder / name).unlink(missing_ok=True)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         there = (folder / _REQUEST).exists()
         raise TightfitError(
@@ -114,8 +141,8 @@ def begin(folder: Path, request: Mapping[str, Any], plan: Plan) -> None:
         )
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        _write(folder / _PLAN, plan.to_json())
-        _write(folder / _REQUEST, request)
+        write_json(folder / _PLAN, plan.to_json())
+        write_json(folder / _REQUEST, request)
     except OSError as error:
         raise TightfitError(f"cannot write `{folder}`: {error.strerror}", hint="name another folder, or make room") from error
 
@@ -151,12 +178,6 @@ def _short(value: Any) -> str:
     return f"`{text[:60]}…`" if len(text) > 60 else f"`{text}`"
 
 
-def _write(file: Path, values: Mapping[str, Any]) -> None:
-    partial = file.with_suffix(f".{os.getpid()}.partial")
-    partial.write_text(json.dumps(values, indent=1, default=list))
-    partial.replace(file)
-
-
 class _without_model:
     """accelerate saves the optimizer and the random states; what was learned is kept in a form of its own, the base not at all."""
 
@@ -172,13 +193,3 @@ class _without_model:
     def __exit__(self, *_: object) -> None:
         for hook in self._hooks:
             hook.remove()
-
-
-def _sync(folder: Path) -> None:
-    """Let the kernel write everything in `folder` before it gets its name."""
-    for path in [*folder.rglob("*"), folder]:
-        handle = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)

@@ -43,9 +43,9 @@ def replacing(file: Path) -> Iterator[BinaryIO]:
         part.unlink(missing_ok=True)
 
 
-def settle(folder: Path) -> None:
-    """Make sure that the names in `folder` outlive a power cut."""
-    handle = os.open(folder, os.O_RDONLY)
+def settle(path: Path) -> None:
+    """Make sure that a file's bytes, or the names in a folder, outlive a power cut."""
+    handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
     finally:
@@ -55,7 +55,7 @@ def settle(folder: Path) -> None:
 def write_json(file: Path, values: Mapping[str, Any]) -> None:
     """One JSON object, as a person reads it."""
     with replacing(file) as stream:
-        stream.write((json.dumps(values, indent=2) + "\n").encode())
+        stream.write((json.dumps(values, indent=2, default=list) + "\n").encode())
 
 
 def write_tensors(file: Path, tensors: Mapping[str, Tensor]) -> None:

@@ -4,6 +4,7 @@ A resumed run drops what came after its checkpoint.
 """
 
 import json
+import math
 import os
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ class Journal:
 
     def __init__(self, folder: Path, accelerator: Accelerator, first: int) -> None:
         self.tokens = 0
+        self.last_loss = math.nan
         self._accelerator = accelerator
         self._file = folder / FILE
         self._first = first
@@ -26,6 +28,7 @@ class Journal:
     def __enter__(self) -> "Journal":
         if self._accelerator.is_main_process:
             kept = [line for line in read_journal(self._file) if line["step"] <= self._first] if self._first else []
+            self.last_loss = next((line["loss"] for line in reversed(kept) if "loss" in line), math.nan)
             partial = self._file.with_suffix(f".{os.getpid()}.partial")
             partial.write_text("".join(json.dumps(line) + "\n" for line in kept))
             partial.replace(self._file)

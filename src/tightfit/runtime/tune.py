@@ -33,11 +33,10 @@ Watch = Callable[[int, int, float], None]
 
 @dataclass(frozen=True)
 class Lesson:
-    """What is learned from, what is held out, and how the model's tokenizer pads."""
+    """What is learned from, and what is held out."""
 
     samples: Samples
     held_out: Samples | None = None
-    pad_id: int | None = None
 
     @property
     def held_bytes(self) -> int:
@@ -56,10 +55,13 @@ def tune(
 ) -> Report:
     """Train `built` on `lesson`, leave what it learned in the checkpoints' folder, and report what it took against the plan.
 
-    Raises `TightfitError` when the loss is not finite (the last checkpoint stays), and when the process goes over its budget.
+    Raises `TightfitError` when the loss is not finite (the last checkpoint stays), when the process goes over its budget (after a
+    checkpoint), and where there is nothing to do.
     """
     work, order = built.plan.workload, Order(len(lesson.samples), built.plan.workload.batch, tuning.seed)
     last = tuning.steps or math.ceil(tuning.epochs * order.steps_per_epoch)
+    if last < 1:
+        raise TightfitError("there is no step to make", hint="ask for some `--steps`, or more `--epochs`")
     optimizer = steps.make_optimizer(built.model, work.optimizer, tuning.learning_rate, tuning.weight_decay)
     schedule = LambdaLR(optimizer, partial(rate_factor, tuning, last))
     model, optimizer = _prepared(accelerator, built.model, optimizer)
@@ -67,14 +69,14 @@ def tune(
     first = checkpoints.resume(built, schedule, last) if resume else 0
     loop = _Loop(built, model, optimizer, lesson, tuning, accelerator)
     scores: dict[str, float] = {}
-    with StepObserver(built, optimizer) as observer, Journal(checkpoints.folder, accelerator, first) as journal:
+    with StepObserver(built, optimizer, last - first) as observer, Journal(checkpoints.folder, accelerator, first) as journal:
         if first == 0 and lesson.held_out:
             scores["held_out_loss_before"] = journal.held_out(0, loop.evaluate(lesson.held_out))
         for step in range(first, last):
             parts = loop.split(lesson.samples, order.indices(step))
             with observer.step(parts.largest):
                 loss, norm = loop.step(step, parts, checkpoints)
-            rate = schedule.get_last_lr()[0]
+            rate = tuning.learning_rate * rate_factor(tuning, last, step)
             schedule.step()
             scores["loss"] = loss
             journal.step(
@@ -83,10 +85,15 @@ def tune(
             watch(step + 1, last, loss)
             if lesson.held_out and (step + 1 == last or (tuning.evaluate_every and (step + 1) % tuning.evaluate_every == 0)):
                 scores["held_out_loss"] = journal.held_out(step + 1, loop.evaluate(lesson.held_out))
-            if step + 1 == last or (step + 1) % (tuning.save_every or order.steps_per_epoch) == 0:
+            overrun = observer.overrun()
+            if overrun or step + 1 == last or (step + 1) % (tuning.save_every or order.steps_per_epoch) == 0:
                 loop.end_policies()
                 checkpoints.save(step + 1, built, schedule)
+            if overrun:
+                raise overrun
+        loop.end_policies()
         checkpoints.finish(last, built)
+        scores.setdefault("loss", journal.last_loss)
     return observer.report(journal.tokens, scores | {"steps": float(last)}, lesson.samples.notes)
 
 
@@ -101,11 +108,10 @@ def rate_factor(tuning: Tuning, last: int, step: int) -> float:
 
 def _prepared(accelerator: Accelerator, model: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[Any, Any]:
     """As accelerate wraps them. What is frozen is the same everywhere and lies where it should: nobody moves or sends it."""
-    model.config.use_cache = False  # what a wrapper hides from `steps`
     frozen = [name for name, parameter in model.named_parameters() if not parameter.requires_grad]
     model._ddp_params_and_buffers_to_ignore = [*frozen, *(name for name, _ in model.named_buffers())]
-    if any(isinstance(module, Policy) for module in model.modules()):  # it may leave parameters out of a step
-        accelerator.ddp_handler = DistributedDataParallelKwargs(find_unused_parameters=True)
+    varies = any(isinstance(module, Policy) for module in model.modules())  # it may leave parameters out of a step
+    accelerator.ddp_handler = DistributedDataParallelKwargs(find_unused_parameters=varies, gradient_as_bucket_view=True)
     return accelerator.prepare(model, optimizer, device_placement=[False, False])
 
 
@@ -138,9 +144,10 @@ class _Loop:
     def split(self, samples: Samples, indices: list[int]) -> _Parts:
         """This process's rows, no more at a time than planned."""
         work, together = self.built.plan.workload, self.accelerator.num_processes
+        longest_side = max(work.tokens, work.target_tokens)
         mine = indices[self.accelerator.process_index :: together] or indices[:1]
         lengths = samples.lengths
-        rows = [[mine[at] for at in part] for part in split_rows([int(lengths[index]) for index in mine], work.rows, work.tokens)]
+        rows = [[mine[at] for at in part] for part in split_rows([int(lengths[index]) for index in mine], work.rows, longest_side)]
         longest = [int(lengths[part].max()) for part in rows]
         return _Parts(
             rows,
@@ -193,7 +200,7 @@ class _Loop:
             policy.end_training()
 
     def _batch(self, samples: Samples, rows: list[int]) -> dict[str, Tensor]:
-        batch = collate(samples, rows, self.lesson.pad_id, self.built.model.config.is_encoder_decoder)
+        batch = collate(samples, rows, self.built.model.config.is_encoder_decoder)
         return {name: tensor.to(self.built.device) for name, tensor in batch.items()}
 
     def _counted(self, labels: Tensor) -> int:

@@ -46,7 +46,9 @@ class Report:
 
     @property
     def deviation(self) -> float:
-        """Measured over predicted tensor bytes, minus one: 0.02 is 2 % more than planned."""
+        """Measured over predicted tensor bytes, minus one: 0.02 is 2 % more than planned; 0 where nothing was measured."""
+        if not self.measured_bytes:
+            return 0.0
         return self.measured_bytes / self.plan.tensor_bytes() - 1
 
     @property

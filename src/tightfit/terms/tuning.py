@@ -1,7 +1,9 @@
 """Tuning: how a model learns, in the field's usual words. What it learns from, and inside which budget, is said elsewhere."""
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
+
+from tightfit.terms.errors import TightfitError, near
 
 Schedule = Literal["constant", "constant_with_warmup", "linear", "cosine"]
 Learn = Literal["completion", "all"]
@@ -32,3 +34,14 @@ class Tuning:
     save_every: int = 0
     keep: int = 2
     bad_share: float = 0.0
+
+    def __post_init__(self) -> None:
+        for what, name, known in (("schedule", self.schedule, get_args(Schedule)), ("way to learn", self.learn, get_args(Learn))):
+            if name not in known:
+                raise TightfitError(f"no {what} is called `{name}`", hint=near(name, known))
+        counts = ("epochs", "steps", "learning_rate", "weight_decay", "clip", "evaluate_every", "save_every", "seed")
+        for name in counts:
+            if not 0 <= vars(self)[name] < float("inf"):
+                raise TightfitError(f"`{name}` is a number from 0 on, not {vars(self)[name]}")
+        if not (0 <= self.warmup <= 1 and 0 <= self.bad_share <= 1 and self.keep >= 1):
+            raise TightfitError("`warmup` and `bad_share` are from 0 to 1, `keep` is at least 1")

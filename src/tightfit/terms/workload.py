@@ -18,7 +18,7 @@ class Workload:
       is the whole batch everywhere else;
     - `embed`: one forward pass over `tokens` (for images the model sets the length).
 
-    For encoder–decoder models `tokens` is the encoder's length and, when tuning, the decoder's too.
+    For encoder–decoder models `tokens` is the encoder's length and, when tuning, `target_tokens` the decoder's; 0: as many.
     """
 
     task: Task = "generate"
@@ -28,6 +28,7 @@ class Workload:
     optimizer: str = "adamw"
     micro_batch: int = 0
     precision: Precision = "no"
+    target_tokens: int = 0
 
     @property
     def rows(self) -> int:

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from torch import nn
@@ -14,6 +15,7 @@ from tightfit.describe.skeleton import Skeleton
 from tightfit.describe.source import describe
 from tightfit.planner.choose import choose
 from tightfit.planner.outcome import Request
+from tightfit.runtime import adapters
 from tightfit.runtime.adapters import check_adapter, load_adapter, read_adapter
 from tightfit.runtime.build import Built, Progress, build
 from tightfit.runtime.evaluate import Score, check_scorable, perplexity, read_text
@@ -148,6 +150,15 @@ def apply(model: nn.Module, techniques: Asked) -> nn.Module:
     for technique in sorted(chosen, key=lambda technique: technique.stage):
         technique.apply(model)
     return model
+
+
+def save_adapter(model: nn.Module, techniques: Asked, folder: str) -> None:
+    """Write what `techniques` have learned in a live model, after your own loop, so that `load_adapter` and `--adapter` read it.
+
+    An adapter that PEFT knows is written as PEFT's. Which weights the base had is not noted: a live model may have changed them.
+    """
+    facts = {"base": model.config.name_or_path, "digest": ""}
+    adapters.save_adapter(model, settings_of(techniques), Path(folder), facts)
 
 
 @contextmanager

@@ -15,17 +15,22 @@ from tightfit.data.text import Samples, encode_records
 from tightfit.describe.lengths import check_lengths, positions_of
 from tightfit.describe.skeleton import Skeleton
 from tightfit.describe.source import describe
+from tightfit.runtime.adapters import facts_of, refuse_unsavable
 from tightfit.runtime.build import Progress, build
 from tightfit.runtime.process import keep_heap_loose, keep_heap_tight
 from tightfit.runtime.tokens import load_tokenizer
 from tightfit.runtime.weights import refuse_weightless
 from tightfit.terms.budget import Budget
 from tightfit.terms.errors import TightfitError
+from tightfit.terms.machine import Machine
 from tightfit.terms.plan import Plan
 from tightfit.terms.report import Report
 from tightfit.terms.tuning import Tuning
 from tightfit.terms.workload import Precision, Workload
 from tightfit.verbs import Asked, plan, settings_of
+
+_NO_MATTER = {"evaluate_every", "save_every", "keep", "bad_share"}
+"""Settings on which no loss depends. What was left out of the data shows in its digest."""
 
 LONGEST = 1024
 """Tokens at which a sample is cut where nobody says at how many; shorter where the model has fewer positions."""
@@ -54,10 +59,11 @@ def read_lesson(
 
     def encoded(file: str) -> Samples:
         records = read_records(file, tuning.bad_share)
-        return encode_records(records, tokenizer, most, tuning.learn, tuning.packing, config.is_encoder_decoder, progress=progress)
+        vocabulary = config.get_text_config(decoder=True).vocab_size
+        both = config.is_encoder_decoder
+        return encode_records(records, tokenizer, most, tuning.learn, tuning.packing, both, vocabulary, progress)
 
-    pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-    return Lesson(encoded(data), encoded(held_out) if held_out else None, pad_id)
+    return Lesson(encoded(data), encoded(held_out) if held_out else None)
 
 
 def _refuse_other_heads(skeleton: Skeleton) -> None:
@@ -90,13 +96,31 @@ def plan_tuning(
     asked = settings_of(techniques)
     if skeleton.meta_model().get_output_embeddings() is not None:
         asked.setdefault("chunked_loss", {})
-    batch = min(batch, len(lesson.samples))
-    workload = Workload("tune", batch, lesson.samples.longest, micro_batch=min(micro_batch, batch), precision=precision)
-    frozen = computed_in(skeleton, precision, asked)
-    budget, held = budget or Budget.here(), lesson.held_bytes
-    planned = plan(frozen, workload, replace(budget, ram=budget.ram - held), quality, asked, alternatives=alternatives)
-    ram = planned.predicted["ram"]
-    return replace(planned, budget=budget, predicted={**planned.predicted, "ram": {**ram, "overhead": ram["overhead"] + held}})
+    if not trains(asked):
+        _refuse_unsavable(skeleton, asked)
+    batch, parts = min(batch, len(lesson.samples)), [part for part in (lesson.samples, lesson.held_out) if part]
+    workload = Workload(
+        "tune",
+        batch,
+        max(part.longest for part in parts),
+        micro_batch=min(micro_batch, batch),
+        precision=precision,
+        target_tokens=max(part.longest_target for part in parts),
+    )
+    machine = Machine.here()
+    held = replace(machine, overhead_ram=machine.overhead_ram + lesson.held_bytes)
+    return plan(computed_in(skeleton, precision, asked), workload, budget, quality, asked, machine=held, alternatives=alternatives)
+
+
+def _refuse_unsavable(skeleton: Skeleton, techniques: Mapping[str, Any]) -> None:
+    """Said before the work: what tunes the model itself must be able to write it."""
+    quantized = [name for name in techniques if catalog.technique(name).stage == Stage.QUANTIZE]
+    if quantized:
+        raise TightfitError(
+            f"a model in `{quantized[0]}` cannot be tuned itself: rounded weights have no gradients",
+            hint="leave out `--full`, so that an adapter is tuned beside it",
+        )
+    refuse_unsavable(skeleton.meta_model())
 
 
 def computed_in(skeleton: Skeleton, precision: Precision, techniques: Mapping[str, Any]) -> Skeleton:
@@ -128,7 +152,6 @@ def tune(
     that is not finite.
     """
     from tightfit.runtime import checkpoint
-    from tightfit.runtime.adapters import facts_of
     from tightfit.runtime.tune import tune as run_loop
 
     if planned.workload.task != "tune":
@@ -153,11 +176,11 @@ def tune(
         return run_loop(built, lesson, tuning, checkpoints, accelerator, resume, watch)
 
 
-def budget_of(out: str) -> Budget:
-    """The budget of the run in `out`, which a resumed one keeps. Raises `TightfitError` where there is none."""
+def plan_of(out: str) -> Plan:
+    """The plan of the run in `out`, whose budget and micro-batch a resumed one keeps. Raises `TightfitError` where there is none."""
     from tightfit.runtime.checkpoint import plan_of_run
 
-    return plan_of_run(Path(out)).budget
+    return plan_of_run(Path(out))
 
 
 def request_of(planned: Plan, lesson: Any, tuning: Tuning, base: str) -> dict[str, Any]:
@@ -165,16 +188,15 @@ def request_of(planned: Plan, lesson: Any, tuning: Tuning, base: str) -> dict[st
     work = planned.workload
     moving = {name for name in planned.techniques if catalog.technique(name).stage == Stage.MOVE}
     return {
-        "model": planned.model,
         "base": base,
         "data": lesson.samples.digest,
         "held-out data": lesson.held_out.digest if lesson.held_out else "",
         "batch": work.batch,
         "micro-batch": work.rows,
-        "context": work.tokens,
+        "context": max(work.tokens, work.target_tokens),
         "precision": work.precision,
         "techniques": {name: dict(settings) for name, settings in planned.techniques.items() if name not in moving},
-        **{f"setting `{name}`": value for name, value in asdict(tuning).items()},
+        **{f"setting `{name}`": value for name, value in asdict(tuning).items() if name not in _NO_MATTER},
     }
 
 
@@ -188,7 +210,7 @@ def has_room(planned: Plan) -> bool:
 def _accelerator(planned: Plan, folder: Path, trackers: Iterable[str]) -> Any:
     """Devices, processes and trackers as `accelerate launch` set them. Mixed precision is the plan's, so that memory is as promised."""
     from accelerate import Accelerator
-    from accelerate.utils import ProjectConfiguration
+    from accelerate.utils import GradientAccumulationPlugin, ProjectConfiguration
 
     launched = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
     if launched not in ("no", planned.workload.precision):
@@ -199,7 +221,13 @@ def _accelerator(planned: Plan, folder: Path, trackers: Iterable[str]) -> Any:
     asked, places = list(trackers), ProjectConfiguration(str(folder), logging_dir=str(folder / "tensorboard"))
     try:
         on_cpu = planned.compute_tier == "ram"
-        accelerator = Accelerator(mixed_precision="no", cpu=on_cpu, log_with=asked or None, project_config=places)
+        accelerator = Accelerator(
+            mixed_precision="no",
+            cpu=on_cpu,
+            log_with=asked or None,
+            project_config=places,
+            gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),  # the loop splits batches by itself
+        )
     except (ValueError, ImportError) as error:
         reason = str(error).splitlines()[0]
         raise TightfitError(f"accelerate refuses: {reason}", hint="`--track tensorboard` is the usual tracker") from error

@@ -1,4 +1,4 @@
-"""Figure: one DyLoRA run cut at each rank beside a LoRA trained at that rank: held-out loss, mean and every seed.
+"""Figure: one DyLoRA run, and a longer one, cut at each rank beside a LoRA trained at that rank: held-out loss, mean and every seed.
 
 python bench/tune_quality/figure.py        (results/*.json → docs/figures/tune_quality.png)
 """
@@ -17,7 +17,8 @@ from matplotlib import pyplot
 HERE = Path(__file__).resolve().parent
 FIGURE = HERE.parents[1] / "docs" / "figures" / "tune_quality.png"
 INK, PALE = "#333333", "#999999"
-LORA, DYLORA, SIDE = "#2a6fbb", "#c0392b", "#2e8b57"
+LORA, DYLORA, LONGER, SIDE = "#2a6fbb", "#c0392b", "#e08a1e", "#2e8b57"
+KINDS = (("lora", LORA, "o"), ("dylora", DYLORA, "s"), ("dylora-6x", LONGER, "^"))
 BAND = 0.03
 
 
@@ -32,7 +33,7 @@ def losses_of(rows: list[dict[str, Any]], task: str) -> dict[str, list[float]]:
 
 
 def _cuts(row: dict[str, Any]) -> dict[str, float]:
-    return {f"dylora-{rank}": loss for rank, loss in row.get("by_rank", {}).items()}
+    return {f"{row['method']}-{rank}": loss for rank, loss in row.get("by_rank", {}).items()}
 
 
 def panels_of(results: dict[str, dict[str, Any]]) -> list[tuple[str, dict[str, list[float]], list[int]]]:
@@ -70,13 +71,16 @@ def panel(axes: Any, losses: dict[str, list[float]], ranks: list[int]) -> None:
     """One model and task: lines through the means, a point a seed, a band around LoRA, and QST and the untuned base as levels."""
     means = [statistics.mean(losses[f"lora-{rank}"]) for rank in ranks]
     axes.fill_between(ranks, [mean * (1 - BAND) for mean in means], [mean * (1 + BAND) for mean in means], color="#e8e8e8", linewidth=0)
-    for kind, color, marker in (("lora", LORA, "o"), ("dylora", DYLORA, "s")):
+    for kind, color, marker in KINDS:
+        if f"{kind}-{ranks[0]}" not in losses:
+            continue
         axes.plot(ranks, [statistics.mean(losses[f"{kind}-{rank}"]) for rank in ranks], color=color, linewidth=1.2)
         for rank in ranks:
             seen = losses[f"{kind}-{rank}"]
             axes.scatter([rank] * len(seen), seen, s=16, marker=marker, facecolors="none", edgecolors=color, linewidths=0.9)
-    if "side" in losses:
-        axes.axhline(statistics.mean(losses["side"]), color=SIDE, linewidth=1.0, linestyle="--")
+    sides = [statistics.mean(seen) for method, seen in losses.items() if method.startswith("side-")]
+    if sides:
+        axes.axhline(min(sides), color=SIDE, linewidth=1.0, linestyle="--")
     axes.set(xscale="log")
     axes.set_xticks(ranks, [str(rank) for rank in ranks])
     axes.xaxis.set_minor_locator(matplotlib.ticker.NullLocator())
@@ -88,7 +92,8 @@ def _legend(axes: Any) -> None:
     handles = [
         Line2D([], [], color=LORA, marker="o", label="LoRA trained at the rank", **style),
         Line2D([], [], color=DYLORA, marker="s", label="one DyLoRA run, cut at it", **style),
-        Line2D([], [], color=SIDE, linestyle="--", label="QST"),
+        Line2D([], [], color=LONGER, marker="^", label="one of 6 times the steps, cut at it", **style),
+        Line2D([], [], color=SIDE, linestyle="--", label="QST, the best of its settings"),
         Line2D([], [], color="#e8e8e8", linewidth=7, label=f"within {BAND:.0%} of LoRA"),
     ]
     axes.legend(handles=handles, frameon=False, fontsize=8)

@@ -1,11 +1,12 @@
 """tune_quality: held-out loss of QST beside LoRA's, and of DyLoRA cut at each rank beside a LoRA trained at that rank, on real text.
 
-python bench/tune_quality/run.py [--model NAME] [--only TEXT] [--seeds 0,1,2] [--fresh]     (about 40 minutes a model, one thread)
+python bench/tune_quality/run.py [--model NAME] [--only TEXT] [--seeds 0,1,2] [--fresh]     (about an hour a model, one thread)
 python bench/tune_quality/run.py --sweep METHOD=RATE[*MIX_RATE],… [--model NAME] [--only TASK]
 
 A run is one model, task, method and seed; what is in results/MODEL.json already is not run again. All methods of a task see the same
-batches in the same order, as many. Nothing was chosen on the held-out part: `--sweep` scores rates on the validation part, with a seed
-of its own, and writes results/sweep_MODEL.json; the settings name what it found best. Data: `TIGHTFIT_DATA`, or ../shared/data.
+batches in the same order, as many; but `dylora-6x` goes on for 6 times the steps. Nothing was chosen on the held-out part: `--sweep`
+scores rates on the validation part, with a seed of its own, and writes results/sweep_MODEL.json; the settings name the best of the few
+that were tried. Data: `TIGHTFIT_DATA`, or ../shared/data.
 """
 
 import argparse
@@ -58,13 +59,18 @@ def task_of(model: str, name: str, tokens: int, validation: int, held_out: int) 
 
 
 def techniques_of(method: str, settings: dict[str, Any], model: str, seed: int) -> dict[str, dict[str, Any]]:
-    """What a method does to the model: `full` and `base` nothing, the others quantize it and put something beside it."""
-    kind, _, rank = method.partition("-")
+    """What a method does to the model. The number in `lora-4` is its rank, in `side-4` its reduction; `base-under` is what adapters see.
+
+    `side-1-base` begins as a copy of the base; `dylora-6x` is `dylora` for longer.
+    """
+    kind, number, start = [*method.split("-"), "", ""][:3]
+    under = settings["models"][model]["under"]
     if kind in ("full", "base"):
-        return settings["models"][model]["under"] if rank == "under" else {}
+        return under if number == "under" else {}
     own = settings["models"][model]["side"] if kind == "side" else settings["methods"][kind]
-    own = own | ({"rank": int(rank)} if rank else {}) | ({"seed": seed} if kind == "dylora" else {})
-    return settings["models"][model]["under"] | {kind: own}
+    own = own | settings["copied_side"] if start == "base" else own
+    named = {"seed": seed} if kind == "dylora" else {{"side": "reduction", "lora": "rank"}[kind]: int(number)}
+    return under | {kind: own | named}
 
 
 def make_optimizer(model: nn.Module, rate: float, weight_decay: float) -> torch.optim.Optimizer:
@@ -134,7 +140,8 @@ def tune(model_name: str, task_name: str, method: str, seed: int, rate: float, s
     """One run: its settings, its losses on `part`, and what it learned with."""
     import tightfit
 
-    began, asked = time.perf_counter(), settings["models"][model_name]["tasks"][task_name]
+    began, asked = time.perf_counter(), dict(settings["models"][model_name]["tasks"][task_name])
+    asked["steps"] *= settings["longer"].get(method, 1)
     torch.manual_seed(seed)
     model = load(model_name)
     task = task_of(model_name, task_name, asked["tokens"], asked["validation"], asked["held_out"])
@@ -148,7 +155,7 @@ def tune(model_name: str, task_name: str, method: str, seed: int, rate: float, s
     model.eval()
     records = vars(task)[part]
     row[part], row["counted_tokens"] = loss_on(model, records), task.counted(part)
-    if method == "dylora":
+    if method.startswith("dylora"):
         row["by_rank"] = by_rank(model, records, settings["ranks"])
     row["seconds"] = round(time.perf_counter() - began, 1)
     say(f"{model_name} {task_name} {method} seed {seed} rate {rate:g}: {row[part]:.4f}  ({row['seconds']:.0f} s)")
@@ -166,13 +173,17 @@ def by_rank(model: nn.Module, records: list[Record], ranks: list[int]) -> dict[s
     return losses
 
 
-def jobs_of(settings: dict[str, Any], model: str) -> Iterator[tuple[str, str]]:
-    """Task and method of every run of a model."""
-    for task in settings["models"][model]["tasks"]:
-        yield from ((task, method) for method in ("base", "base-under", "lora-16", "side", "full"))
-    for task in settings["models"][model]["ranks_on"]:
-        yield task, "dylora"
-        yield from ((task, f"lora-{rank}") for rank in settings["ranks"] if rank != 16)
+def jobs_of(settings: dict[str, Any], model: str, seed: int) -> Iterator[tuple[str, str]]:
+    """Task and method of every run of a model with a seed; what is `once` only with the first."""
+    asked, found = settings["models"][model], []
+    for task in asked["tasks"]:
+        sides = [f"side-{reduction}" for reduction in asked["reductions"]]
+        bases = ["base", "base-under"] if asked["under"] else ["base"]
+        found += [(task, method) for method in (*bases, "lora-16", *sides, "full")]
+    for task in asked["ranks_on"]:
+        found += [(task, method) for method in ("dylora", *(f"lora-{rank}" for rank in settings["ranks"] if rank != 16))]
+        found += [(task, method) for method in settings["longer"]]
+    yield from (job for job in found if seed == settings["seeds"][0] or job[1] not in settings["once"])
 
 
 def summary(rows: list[dict[str, Any]], settings: dict[str, Any]) -> dict[str, Any]:
@@ -184,7 +195,7 @@ def summary(rows: list[dict[str, Any]], settings: dict[str, Any]) -> dict[str, A
             if row["task"] == task:
                 losses.setdefault(row["method"], {})[row["seed"]] = row["held_out"]
                 for rank, loss in row.get("by_rank", {}).items():
-                    losses.setdefault(f"dylora-{rank}", {})[row["seed"]] = loss
+                    losses.setdefault(f"{row['method']}-{rank}", {})[row["seed"]] = loss
         methods = {
             method: {
                 "mean": statistics.mean(by_seed.values()),
@@ -194,15 +205,16 @@ def summary(rows: list[dict[str, Any]], settings: dict[str, Any]) -> dict[str, A
             for method, by_seed in losses.items()
         }
         found[task] = {"methods": methods}
-        pairs = {"side": "lora-16"} | {f"dylora-{rank}": f"lora-{rank}" for rank in settings["ranks"]}
+        pairs = {ours: "lora-16" for ours in losses if ours.startswith("side-")}
+        pairs |= {f"{cut}-{rank}": f"lora-{rank}" for cut in ("dylora", *settings["longer"]) for rank in settings["ranks"]}
         found[task]["over_lora"] = {
             ours: compared(losses[ours], losses[theirs], settings["most_over_lora"])
             for ours, theirs in pairs.items()
             if ours in losses and theirs in losses
         }
-        if {"side", "lora-16", "base"} <= set(losses):
-            start = methods["base"]["mean"]
-            found[task]["share_of_gain"] = (start - methods["side"]["mean"]) / (start - methods["lora-16"]["mean"])
+        if {"lora-16", "base"} <= set(losses):
+            start, gain = methods["base"]["mean"], methods["base"]["mean"] - methods["lora-16"]["mean"]
+            found[task]["share_of_gain"] = {ours: (start - methods[ours]["mean"]) / gain for ours in losses if ours.startswith("side-")}
     return found
 
 
@@ -212,7 +224,7 @@ def compared(ours: dict[int, float], theirs: dict[int, float], most: float) -> d
     if not ratios:
         return {}
     mean = statistics.mean(ratios)
-    return {"mean": mean, "worst": max(ratios), "ratios": ratios, "kept": mean <= 1 + most}
+    return {"mean": mean, "worst": max(ratios), "ratios": ratios, "seeds": sorted(ours.keys() & theirs.keys()), "kept": mean <= 1 + most}
 
 
 def run_all(model: str, args: argparse.Namespace, settings: dict[str, Any]) -> None:
@@ -222,7 +234,7 @@ def run_all(model: str, args: argparse.Namespace, settings: dict[str, Any]) -> N
     rows, facts = before.get("rows", []), before.get("machine") or machine_facts(settings["threads"])
     done = {(row["task"], row["method"], row["seed"]) for row in rows}
     for seed in args.seeds or settings["seeds"]:
-        for task, method in jobs_of(settings, model):
+        for task, method in jobs_of(settings, model, seed):
             rate = settings["models"][model]["rates"].get(method, 0.0)
             if (task, method, seed) in done or args.only not in f"{task} {method}":
                 continue
@@ -254,7 +266,7 @@ def main() -> None:
     parser.add_argument("--only", default="", help="runs whose task and method hold this text, such as `domain side`")
     parser.add_argument("--seeds", type=lambda text: [int(seed) for seed in text.split(",")])
     parser.add_argument("--fresh", action="store_true")
-    parser.add_argument("--sweep", default="", help="rates to score on the validation part, such as `side=0.003*25,lora-16=0.002`")
+    parser.add_argument("--sweep", default="", help="rates to score on the validation part, such as `side-4=0.01*10,lora-16=0.01`")
     args = parser.parse_args()
     settings = tomllib.loads((HERE / "settings.toml").read_text())
     torch.set_num_threads(settings["threads"])

@@ -21,7 +21,8 @@ from transformers.cache_utils import DynamicCache, StaticCache
 
 from tightfit.describe.blocks import block_lists
 from tightfit.describe.skeleton import meta_copy
-from tightfit.formats.image import image_of, write_image
+from tightfit.formats.image import image_of, unbind, write_image
+from tightfit.formats.linear import QuantizedLinear
 from tightfit.rehearse.allocator import allocator_peak
 from tightfit.rehearse.rehearsal import rehearse, rehearse_whole
 from tightfit.runtime.stream import Stream
@@ -77,6 +78,52 @@ def test_once_it_leans_every_part_of_the_side_learns_and_the_base_never_does(fam
     model.train()(input_ids=tokens, labels=tokens).loss.backward()
     for name, parameter in model.named_parameters():
         assert (parameter.grad is not None and parameter.grad.any()) == name.startswith("side."), name
+
+
+COPY = {"reduction": 1, "downsample": "linear", "init": "base"}
+
+
+@pytest.mark.parametrize("under", [None, NF4(), Int8()], ids=["dense", "nf4", "int8"])
+@pytest.mark.parametrize("family", ["llama", "qwen3", "gpt-neox", "opt", "bloom", "gpt2", "gptj", "bert"])
+def test_from_the_base_it_is_the_base_once_more(family, under):
+    """A gate that lets nothing in and no base in the sum leave the side alone, from the embedding on: a base of the decoded weights."""
+    model, decoded, tokens = make(family), make(family), ids((2, 9), 384)
+    if under:
+        under.apply(model)
+    with torch.no_grad():
+        for path, module in model.named_modules():
+            if isinstance(module, QuantizedLinear):
+                dense = module.dequantize()
+                decoded.get_submodule(path).weight.copy_(dense.T if module.transposed else dense)
+        expected, before = decoded(input_ids=tokens).logits, model(input_ids=tokens).logits
+        Side(**COPY).apply(model)
+        assert torch.equal(model(input_ids=tokens).logits, before)
+        side = model.side.default
+        side.gamma.fill_(100.0), side.alpha.zero_()
+        torch.testing.assert_close(model(input_ids=tokens).logits, expected, rtol=1e-4, atol=1e-4)
+        side.blocks[1].load_state_dict({name: torch.zeros_like(tensor) for name, tensor in side.blocks[1].state_dict().items()})
+        assert not torch.allclose(model(input_ids=tokens).logits, expected, rtol=1e-3, atol=1e-3)
+
+
+def test_from_the_base_copies_no_storage():
+    model = make("mixtral")
+    Side(**COPY).apply(model)
+    inside = {parameter.data_ptr() for parameter in model.side.parameters()}
+    assert not inside & {parameter.data_ptr() for parameter in model.model.parameters()}
+    experts = model.model.layers[2].state_dict()
+    assert experts and all(torch.equal(tensor, experts[name]) for name, tensor in model.side.default.blocks[2].state_dict().items())
+
+
+@pytest.mark.parametrize("under", [None, NF4(), Int8()], ids=["dense", "nf4", "int8"])
+@pytest.mark.parametrize("leave", [lambda block: block.to("meta"), lambda block: unbind(block, image_of(block))], ids=["meta", "streamed"])
+def test_from_a_base_that_is_elsewhere_is_one_clear_line(leave, under):
+    model = make("llama").requires_grad_(False)  # only frozen tensors stream
+    if under:
+        under.apply(model)
+    leave(model.model.layers[2])
+    with pytest.raises(TightfitError, match=r"cannot read `layers.2.self_attn.q_proj.weight` of the base") as fault:
+        Side(**COPY).apply(model)
+    assert "streams" in fault.value.hint
 
 
 def rms_norm(x, weight):
@@ -410,6 +457,8 @@ def test_a_deep_model_is_rehearsed_by_a_few_blocks(workload):
         ("llama", {"downsample": "adaptor"}, "no downsampler `adaptor`"),
         ("llama", {"rank": 0}, "`side:rank` is at least 1"),
         ("llama", {"reduction": 3}, "a width of 64 in 4 heads cannot be divided by 3"),
+        ("llama", {"init": "basis"}, "`side:init` cannot be `basis`"),
+        ("llama", {"init": "base"}, "copies blocks as wide as they are"),
         ("llama", {"name": "keys"}, "cannot be called `keys`"),
         ("t5", {}, "cannot stand beside `T5ForConditionalGeneration`"),
         ("vit", {}, "cannot stand beside `ViTForImageClassification`"),

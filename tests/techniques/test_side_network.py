@@ -70,6 +70,13 @@ def test_into_a_model_on_which_it_was_applied(name):
     assert list(other.side) == [name]
 
 
+def test_first_values_are_no_matter_when_it_is_loaded():
+    model, other, tokens = tuned(make("llama"), reduction=1, downsample="linear", init="base"), make("llama"), ids((2, 9), 384)
+    Side(reduction=1, downsample="linear").apply(other)
+    Side(reduction=1, downsample="linear").load_learned(other, *kept(model))
+    assert torch.equal(other(input_ids=tokens).logits, model(input_ids=tokens).logits)
+
+
 def test_under_another_name_beside_the_first():
     model, other, tokens = tuned(make("llama")), tuned(make("llama"), reduction=8, name="second"), ids((2, 9), 384)
     expected, before = model(input_ids=tokens).logits, other(input_ids=tokens).logits

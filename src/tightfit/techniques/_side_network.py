@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from tightfit.describe.blocks import block_lists
 from tightfit.describe.narrow import narrow_model
+from tightfit.formats.linear import QuantizedLinear
 from tightfit.formats.precision import in_given_precision
 from tightfit.terms.errors import TightfitError
 
@@ -59,7 +60,7 @@ class SideNetwork(nn.Module):
 
     @torch.no_grad()
     def fill(self, device: torch.device) -> None:
-        """First values, on `device`: transformers' own for the network, torch's for the rest; no gate leans to a side, and a is one."""
+        """First values, on `device`: transformers' own for the network, torch's for the rest; no gate leans to a side, a is one."""
         self.to_empty(device=device)
         for module in self.network.modules():
             self.network._init_weights(module)
@@ -68,6 +69,38 @@ class SideNetwork(nn.Module):
                 module.reset_parameters()
         self.gamma.zero_()
         self.alpha.fill_(1.0)
+
+    @torch.no_grad()
+    def copy_base(self, inner: nn.Module) -> None:
+        """The base's blocks and last norm as first values, between a `linear` downsampler and an `up` that change nothing.
+
+        For a network as wide as the base. Raises `TightfitError` where a weight of the base cannot be read: it streams, say.
+        """
+        if self.up.out_features != self.up.in_features:
+            raise TightfitError("`side:init=base` cannot go with a base that projects its last hidden state", hint="leave `init` out")
+        for path, module in self.network.named_modules():
+            for name, parameter in module.named_parameters(recurse=False):
+                value = _dense(inner.get_submodule(path), name)
+                if value is None or value.shape != parameter.shape:
+                    raise TightfitError(
+                        f"`side:init=base` cannot read `{path}.{name}` of the base",
+                        hint="leave `init` out where the base streams or its experts are quantized",
+                    )
+                parameter.copy_(value)
+        for module in [*self.down.values(), self.up]:
+            nn.init.eye_(module.weight)
+        self.up.bias.zero_()
+
+
+def _dense(module: nn.Module, name: str) -> Tensor | None:
+    """A parameter of the base as it computes; None where it is elsewhere."""
+    if isinstance(module, QuantizedLinear) and name == "weight":
+        if any(tensor.is_meta or tensor.numel() == 0 for tensor in module.stored):  # a streamed block holds empty ones
+            return None
+        value = module.dequantize(torch.float32)
+        return value.T if module.transposed else value
+    value = module._parameters.get(name)
+    return None if value is None or value.is_meta else value
 
 
 class Sides(nn.ModuleDict):

@@ -12,7 +12,8 @@ that predicts no tokens (a classifier). They are in 32 bits and compute in the p
 side's blocks are recomputed, the base's never. Several side networks may stand beside one base; one is active at a time.
 It is refused beside other adapters. What is kept are the side network and the head, never the base.
 *Paper*: Zhang et al. 2024, Quantized Side Tuning (ACL), section 3. As in its released code and its table of parameters, one
-downsampler a block, the first of which serves the embedding too; unlike the code, a and gamma are the paper's scalars.
+downsampler a block, the first of which serves the embedding too; unlike the code, a and gamma are the paper's scalars. First values from
+the base, which that paper lacks, are after Sung et al. 2022, LST (NeurIPS), section 3.
 """
 
 from collections.abc import Mapping
@@ -29,6 +30,7 @@ from tightfit.techniques.lora import fill_learned, refuse_misfit
 from tightfit.terms.errors import TightfitError, near
 
 DOWNSAMPLES = ("adapter", "lora", "linear", "max_pool", "avg_pool")
+INITS = ("random", "base")
 
 
 @dataclass(frozen=True)
@@ -42,6 +44,7 @@ class Side:
     reduction: int = 16  # the side's width is d / reduction; 2 to 64 fit alike in the paper, memory falls until 16 and little after
     downsample: str = "adapter"  # or lora, linear, max_pool, avg_pool; only the pools keep no hidden state of full width
     rank: int = 16  # of `adapter` and `lora`; parameters grow by blocks · rank · d
+    init: str = "random"  # or base: copies of its blocks, for reduction 1 and `linear` only: fits far better, 16 bytes a parameter
     mix_rate: float = 50.0  # times the learning rate, for a and gamma: nothing else learns before a leaves one, a step of Adam at a time
     name: str = "default"  # of the side network; others may stand beside the same base, each + its own weights
 
@@ -63,8 +66,11 @@ class Side:
             self.initialise(model)
 
     def initialise(self, model: nn.Module) -> None:
-        """Give the side network its first values, where the model's embedding lies."""
-        model.side[self.name].fill(model.get_input_embeddings().weight.device)
+        """Give the side network its first values, where the model's embedding lies. `TightfitError` where `init` cannot read the base."""
+        side = model.side[self.name]
+        side.fill(model.get_input_embeddings().weight.device)
+        if self.init == "base":
+            side.copy_base(parts_of(model)[0])
 
     def learned_config(self, model: nn.Module) -> dict[str, Any]:
         """The settings, and the shape of the base."""
@@ -92,6 +98,12 @@ class Side:
     def _check(self, model: nn.Module) -> None:
         if self.downsample not in DOWNSAMPLES:
             raise TightfitError(f"`side` has no downsampler `{self.downsample}`", hint=near(self.downsample, DOWNSAMPLES))
+        if self.init not in INITS:
+            raise TightfitError(f"`side:init` cannot be `{self.init}`", hint=near(self.init, INITS))
+        if self.init == "base" and (self.reduction, self.downsample) != (1, "linear"):
+            raise TightfitError(
+                "`side:init=base` copies blocks as wide as they are", hint="add `reduction=1,downsample=linear`, or leave `init` out"
+            )
         if self.rank < 1:
             raise TightfitError(f"`side:rank` is at least 1, not {self.rank}", hint="16 is the paper's")
         if not self.name.isidentifier() or self.name in dir(Sides):
@@ -143,7 +155,7 @@ def _settings(config: Mapping[str, Any]) -> Side:
 
 def _alike(one: Side, other: Side) -> bool:
     """Whether the one's tensors mean the same in the other."""
-    return replace(one, name=other.name, mix_rate=other.mix_rate) == other
+    return replace(one, name=other.name, mix_rate=other.mix_rate, init=other.init) == other
 
 
 def _refuse_other_base(model: nn.Module, config: Mapping[str, Any]) -> None:

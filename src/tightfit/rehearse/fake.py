@@ -65,9 +65,11 @@ def inputs_for(model: nn.Module, workload: Workload, make: Callable[..., Tensor]
     tokens = ids((batch, workload.tokens), config.get_text_config().vocab_size)
     if not tuning:
         return {"input_ids": tokens} | ({"decoder_input_ids": tokens} if config.is_encoder_decoder and workload.task == "embed" else {})
-    if config.is_encoder_decoder:  # prompts of unlike lengths are masked
+    if config.is_encoder_decoder:
         target = ids((batch, workload.target_tokens), config.get_text_config().vocab_size) if workload.target_tokens else tokens
-        return {"input_ids": tokens, "attention_mask": torch.ones_like(tokens), "labels": target}
+        mask = torch.ones_like(tokens)
+        mask[0, -1] = 0  # as with prompts of unlike lengths: transformers drops a mask that hides nothing, where it can look
+        return {"input_ids": tokens, "attention_mask": mask, "labels": target}
     return {"input_ids": tokens} | ({"labels": tokens} if _has_head(model) else {})
 
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from tightfit.contracts import Absorbs, Transform
+from tightfit.contracts import Absorbs, Beside, Transform
 from tightfit.describe.blocks import adapted_name, blocks_of
 from tightfit.describe.skeleton import Skeleton
 from tightfit.formats.experts import QuantizedExperts
@@ -151,6 +151,8 @@ def _extras(model: nn.Module, tuned: bool) -> frozenset[str]:
     found = {module.codec.library for module in model.modules() if isinstance(module, QuantizedLinear | QuantizedExperts)} - {""}
     if any(type(module).__module__.startswith("peft.") for module in model.modules()):
         found.add("peft")
+    if tuned and any(isinstance(module, Beside) for module in model.modules()):
+        found.add("beside")
     if any(path.rpartition(".")[2] == "experts" for path, _ in model.named_modules()):
         found.add("routing_tune" if tuned else "routing")
     return frozenset(found)

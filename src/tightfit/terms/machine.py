@@ -32,6 +32,7 @@ class Machine:
     overhead_peft: int = 220 * MIB  # PEFT with what it imports, bitsandbytes among it, once an adapter loads it
     overhead_routing: int = 128 * MIB  # kernels and scratch for ever new numbers of tokens, where experts are chosen
     overhead_routing_tune: int = 300 * MIB  # the same with a backward pass
+    overhead_beside: int = 32 * MIB  # kernels for the shapes of a network that is tuned beside the model
     allocator_slack: float = 0.02  # share of the tensors' bytes lost to rounding and fragmentation
     version: str = ""
 
@@ -78,8 +79,8 @@ class Machine:
     def overhead(self, tier: str, tensor_bytes: int, extras: frozenset[str] = frozenset()) -> int:
         """Bytes of `tier` that no tensor shows, for a run whose tensors hold `tensor_bytes` there.
 
-        `extras` are what not every run has: the libraries `bitsandbytes` and `peft`, which loads it too, and `routing` or
-        `routing_tune` to experts.
+        `extras` are what not every run has: the libraries `bitsandbytes` and `peft`, which loads it too, `routing` or
+        `routing_tune` to experts, and what is tuned `beside` the model.
         """
         fixed = self.overhead_gpu if tier == "gpu" else self.overhead_ram
         if tier == "ram":
@@ -88,6 +89,7 @@ class Machine:
                 "peft": self.overhead_peft,
                 "routing": self.overhead_routing,
                 "routing_tune": self.overhead_routing_tune,
+                "beside": self.overhead_beside,
             }
             fixed += sum(seldom[name] for name in extras)
         return fixed + int(self.allocator_slack * tensor_bytes)

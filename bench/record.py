@@ -61,11 +61,23 @@ def plan_digest(plan: Mapping[str, Any]) -> str:
 
 
 def write_result(file: Path, values: Mapping[str, Any]) -> None:
-    """Write a result under a temporary name, then rename it, so that an interrupted job leaves the last whole one."""
+    """Write a result under a temporary name, then rename it, so that an interrupted job leaves the last whole one.
+
+    Folders of this machine are told by their names only.
+    """
     file.parent.mkdir(parents=True, exist_ok=True)
     partial = file.with_suffix(f".{os.getpid()}.partial")
-    partial.write_text(json.dumps(values, indent=1, default=str) + "\n")
+    partial.write_text(json.dumps(_without_places(json.loads(json.dumps(values, default=str))), indent=1) + "\n")
     partial.replace(file)
+
+
+def _without_places(value: Any) -> Any:
+    """`value` with the last part of each text that is a whole path."""
+    if isinstance(value, dict):
+        return {name: _without_places(item) for name, item in value.items()}
+    if isinstance(value, list):
+        return [_without_places(item) for item in value]
+    return Path(value).name if isinstance(value, str) and os.path.isabs(value) else value
 
 
 def read_result(file: Path) -> dict[str, Any]:

@@ -25,7 +25,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "peers"))
 from cgroup import drop_page_cache, run_limited, unavailable_reason
 from models import LLAMA_CPP, MODELS, PEERS, ensure_gguf, ensure_model
-from record import child_environment, ensure_probed, machine_facts, read_result, say, write_result
+from record import cache_folder, child_environment, ensure_probed, machine_facts, read_result, say, write_result
 
 from tightfit.runtime.probe import read_bandwidth
 from tightfit.terms.units import parse_size
@@ -46,7 +46,7 @@ def parse_arguments(parts: list[str]) -> argparse.Namespace:
     parser.add_argument("--fresh", action="store_true", help="forget earlier runs")
     parser.add_argument("--models", type=Path, default=MODELS, help="where model folders are, or are made")
     parser.add_argument("--llama-cpp", type=Path, default=LLAMA_CPP, help="what build_llama_cpp.sh made")
-    parser.add_argument("--soup", type=Path, default=Path("/tmp/soup"), help="a virtual environment with `soup-cli[train]` in it")
+    parser.add_argument("--soup", type=Path, default=cache_folder() / "soup", help="a virtual environment with `soup-cli[train]` in it")
     return parser.parse_args()
 
 

@@ -14,6 +14,9 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
+LATER = 130
+"""The exit code of a run that was interrupted and can be resumed, as shells have it."""
+
 Model = Annotated[str, typer.Argument(help="A folder, a preset (see `tightfit list`), or a Hugging Face id.", show_default=False)]
 Size = Annotated[str | None, typer.Option(help="A size such as 6GiB or 6GB.", show_default=False)]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]

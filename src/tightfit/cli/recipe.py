@@ -10,14 +10,11 @@ import typer
 from rich.markup import escape
 
 from tightfit.catalog import explain, recipe, recipe_names
-from tightfit.cli.options import Json, app, quiet, shown
+from tightfit.cli.options import LATER, Json, app, quiet, shown
 from tightfit.recipes import Told
 from tightfit.talk import bar, emit, out, refuse_unwritable, talk, write
 from tightfit.terms.report import Report
 from tightfit.terms.units import show_bytes
-
-_LATER = 130
-"""The exit code of a run that was interrupted, as shells have it."""
 
 _SEEDS = (1 << 32) - 1
 """The largest that NumPy takes."""
@@ -64,7 +61,7 @@ def _command(name: str, run: Callable[..., Report]) -> Callable[..., None]:
                 talk.print(
                     f"\ninterrupted; while steps were left, `--resume` goes on from the last checkpoint in {escape(settings['output'])}"
                 )
-                sys.exit(_LATER)
+                sys.exit(LATER)
         emit(report.to_json(), as_json) or _tell(report, settings)
         if save_report:
             write(save_report, report.to_json())

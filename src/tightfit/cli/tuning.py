@@ -9,16 +9,13 @@ from typing import Annotated, Any
 import typer
 from rich.markup import escape
 
-from tightfit.cli.options import Json, Model, QualityOption, Size, Techniques, app, one_of, quiet, shown
+from tightfit.cli.options import LATER, Json, Model, QualityOption, Size, Techniques, app, one_of, quiet, shown
 from tightfit.talk import bar, emit, out, refuse_unwritable, talk, write
 from tightfit.terms.budget import Budget
 from tightfit.terms.errors import TightfitError
 from tightfit.terms.plan import Plan
 from tightfit.terms.report import Report
 from tightfit.terms.tuning import Tuning
-
-_LATER = 130
-"""The exit code of a run that was interrupted, as shells have it."""
 
 
 @app.command("tune")
@@ -118,7 +115,7 @@ def _tuned(planned: Plan, lesson: Any, output: str, tuning: Tuning, resume: bool
             return verbs.tune(planned, lesson, output, tuning, resume, trackers, loading, watch)
     except KeyboardInterrupt:
         talk.print(f"\ninterrupted; `--resume` goes on from the last checkpoint in {escape(output)}")
-        sys.exit(_LATER)
+        sys.exit(LATER)
 
 
 def _tell(report: Report, model: str, output: str, full: bool) -> None:

@@ -67,8 +67,10 @@ def _split_until_easy(request: Request, wished: list[Candidate], machine: Machin
     """Try the candidates on ever smaller micro-batches, until one runs with nothing recomputed or streamed: less would not be faster."""
     outcomes: list[Outcome] = []
     failures: list[TurnedDown] = []
+    known: dict[tuple[str, ...], Weights] = {}
     for workload in _splits(request.workload):
-        tried, failures = _try_all(request, wished, workload)
+        tried, failures = _try_all(request, wished, workload, known)
+        known |= {candidate.names: weights for candidate, _, _, weights in tried}
         outcomes += _outcomes(request, tried, _extras(outcomes) | _extras_of(tried), machine)
         if any(outcome.residency and not outcome.residency.streamed and not outcome.candidate.recomputes() for outcome in outcomes):
             break
@@ -94,12 +96,17 @@ def _moving_blocks(request: Request, available: Mapping[str, type[Any]]) -> Requ
     return replace(request, asked={name: settings for name, settings in request.asked.items() if name not in moves})
 
 
-def _try_all(request: Request, found: list[Candidate], workload: Workload) -> tuple[list[Tried], list[TurnedDown]]:
-    """What is known whatever the budget, and the candidates that this model does not take. What the user asked for must work."""
+def _try_all(
+    request: Request, found: list[Candidate], workload: Workload, known: Mapping[tuple[str, ...], Weights] | None = None
+) -> tuple[list[Tried], list[TurnedDown]]:
+    """What is known whatever the budget, and the candidates that this model does not take. What the user asked for must work.
+
+    `known` are weights by the names of techniques: they do not depend on how a batch is split.
+    """
     tried, failures = [], []
     for candidate in found:
         try:
-            tried.append(_try(request, candidate, workload))
+            tried.append(_try(request, candidate, workload, (known or {}).get(candidate.names)))
         except TightfitError as error:
             if set(candidate.names) == set(request.asked):
                 raise
@@ -107,12 +114,12 @@ def _try_all(request: Request, found: list[Candidate], workload: Workload) -> tu
     return tried, failures
 
 
-def _try(request: Request, left_open: Candidate, workload: Workload) -> Tried:
+def _try(request: Request, left_open: Candidate, workload: Workload, known: Weights | None) -> Tried:
     skeleton, device = request.skeleton, "cuda" if request.budget.compute_tier == "gpu" else "cpu"
     candidate = left_open.settled(device)
     with as_if_on(device):
         footprint = rehearse(skeleton.meta_model, workload, candidate.techniques)
-        weights = weigh(skeleton, candidate.techniques, request.random_weights, tuned=workload.task == "tune")
+        weights = known or weigh(skeleton, candidate.techniques, request.random_weights, tuned=workload.task == "tune")
     return candidate, workload, footprint, weights
 
 

@@ -94,6 +94,7 @@ def held_out_losses(planned: Plan, lesson: Any, folder: str, ranks: list[int]) -
     from tightfit.runtime.adapters import load_adapter, read_adapter
     from tightfit.runtime.build import build
     from tightfit.runtime.process import return_freed_memory
+    from tightfit.runtime.tune import summed_loss
     from tightfit.techniques.dylora import set_rank
     from tightfit.verbs.tuning import computed_in
 
@@ -104,22 +105,5 @@ def held_out_losses(planned: Plan, lesson: Any, folder: str, ranks: list[int]) -
         built.model.eval()
         for rank in ranks:
             set_rank(built.model, rank)
-            yield rank, mean_loss(built, lesson)
-
-
-def mean_loss(built: Any, lesson: Any) -> float:
-    """Over all held-out tokens that count, in micro-batches as planned."""
-    import torch
-
-    from tightfit import steps
-    from tightfit.data.text import IGNORED, collate, split_rows
-
-    work, samples, is_pair = built.plan.workload, lesson.held_out, built.model.config.is_encoder_decoder
-    summed, counted = 0.0, 0
-    for rows in split_rows([int(length) for length in samples.lengths], work.rows, work.tokens):
-        batch = {name: part.to(built.device) for name, part in collate(samples, rows, is_pair).items()}
-        count = int((batch["labels"][:, 0 if is_pair else 1 :] != IGNORED).sum())
-        with torch.no_grad(), torch.autocast(built.device.type, torch.bfloat16, enabled=work.precision == "bf16"):
-            summed += float(steps.loss_of(built.model, batch)) * count
-        counted += count
-    return summed / counted
+            summed, counted = summed_loss(built, lesson.held_out, range(len(lesson.held_out)))
+            yield rank, summed / counted

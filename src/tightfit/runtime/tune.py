@@ -4,7 +4,7 @@ It stands on accelerate, so `accelerate launch` runs it on several devices; each
 """
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -152,7 +152,7 @@ class _Loop:
         return _Parts(
             rows,
             idle=self.accelerator.process_index >= len(indices),
-            counted=sum(self._counted(torch.from_numpy(samples.sample(index)[1])) for index in indices),
+            counted=sum(_counted(self.built, torch.from_numpy(samples.sample(index)[1])) for index in indices),
             tokens=int(lengths[indices].sum()),
             largest=(max(length * len(part) for length, part in zip(longest, rows, strict=True)), max(longest)),
         )
@@ -164,8 +164,8 @@ class _Loop:
         self.model.train()
         loss = torch.zeros((), device=self.built.device)
         for number, rows in enumerate(parts.rows):
-            batch = self._batch(self.lesson.samples, rows)
-            share = 0.0 if parts.idle else self._counted(batch["labels"]) / parts.counted
+            batch = _batch_of(self.built, self.lesson.samples, rows)
+            share = 0.0 if parts.idle else _counted(self.built, batch["labels"]) / parts.counted
             share *= self.accelerator.num_processes  # DDP takes their mean
             is_last = number == len(parts.rows) - 1
             with nullcontext() if is_last else self.accelerator.no_sync(self.model):
@@ -181,28 +181,41 @@ class _Loop:
         steps.update(self.optimizer)
         return seen, height
 
-    @torch.no_grad()
     def evaluate(self, samples: Samples) -> float:
         """The mean loss over all tokens of `samples` that count, with the whole of what was learned."""
         self.end_policies()
-        self.model.eval()
-        parts = self.split(samples, list(range(len(samples))))
-        summed = torch.zeros((), dtype=torch.float64, device=self.built.device)
-        for rows in parts.rows:
-            batch = self._batch(samples, rows)
-            with torch.autocast(self.built.device.type, torch.bfloat16, enabled=self.built.plan.workload.precision == "bf16"):
-                summed += steps.loss_of(self.model, batch).double() * (0 if parts.idle else self._counted(batch["labels"]))
-        return float(self.accelerator.reduce(summed, "sum")) / parts.counted
+        self.built.model.eval()
+        mine = range(self.accelerator.process_index, len(samples), self.accelerator.num_processes)
+        summed, counted = summed_loss(self.built, samples, mine)
+        both = torch.tensor([summed, counted], dtype=torch.float64, device=self.built.device)
+        summed, counted = self.accelerator.reduce(both, "sum").tolist()
+        return summed / counted
 
     def end_policies(self) -> None:
         """No step is under way."""
         for policy in self.policies:
             policy.end_training()
 
-    def _batch(self, samples: Samples, rows: list[int]) -> dict[str, Tensor]:
-        batch = collate(samples, rows, self.built.model.config.is_encoder_decoder)
-        return {name: tensor.to(self.built.device) for name, tensor in batch.items()}
 
-    def _counted(self, labels: Tensor) -> int:
-        """Tokens whose loss counts: a decoder predicts no first token.  # labels: (…, tokens)"""
-        return int((labels[..., 0 if self.built.model.config.is_encoder_decoder else 1 :] != IGNORED).sum())
+@torch.no_grad()
+def summed_loss(built: Built, samples: Samples, indices: Iterable[int]) -> tuple[float, int]:
+    """The loss over the samples at `indices`, summed over the tokens that count, and their number; in micro-batches as planned."""
+    chosen, work, summed, counted = list(indices), built.plan.workload, 0.0, 0
+    lengths = [int(length) for length in samples.lengths[chosen]]
+    for part in split_rows(lengths, work.rows, max(work.tokens, work.target_tokens)) if chosen else ():
+        batch = _batch_of(built, samples, [chosen[at] for at in part])
+        with torch.autocast(built.device.type, torch.bfloat16, enabled=work.precision == "bf16"):
+            count = _counted(built, batch["labels"])
+            summed += float(steps.loss_of(built.model, batch)) * count
+        counted += count
+    return summed, counted
+
+
+def _batch_of(built: Built, samples: Samples, rows: list[int]) -> dict[str, Tensor]:
+    batch = collate(samples, rows, built.model.config.is_encoder_decoder)
+    return {name: tensor.to(built.device) for name, tensor in batch.items()}
+
+
+def _counted(built: Built, labels: Tensor) -> int:
+    """Tokens whose loss counts: a decoder predicts no first token.  # labels: (…, tokens)"""
+    return int((labels[..., 0 if built.model.config.is_encoder_decoder else 1 :] != IGNORED).sum())

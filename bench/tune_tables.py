@@ -178,11 +178,12 @@ def tune_quality(results: Results) -> str:
     for model, result in found.items():
         for task, said in result["summary"].items():
             beside += [[model, task, *_quality_row(said, ours)] for ours in said["methods"] if ours.startswith("side-")]
-            for run, longer in {"dylora": 1, **result["settings"]["longer"]}.items():
+            for run, longer in {"dylora": 1, "dylora-low": 1, **result["settings"]["longer"]}.items():
                 cut = [said["over_lora"].get(f"{run}-{rank}", {}) for rank in result["settings"]["ranks"]]
                 if any(cut):
                     seeds = str(max(len(over.get("seeds", [])) for over in cut))
-                    cuts.append([model, task, f"× {longer}", seeds, *(percent(over["mean"] - 1 if over else None) for over in cut)])
+                    ways = "papers'" if "low" not in run else "`scale=largest,slower=0.5,draw=low`"
+                    cuts.append([model, task, ways, f"× {longer}", seeds, *(percent(over["mean"] - 1 if over else None) for over in cut)])
     intro = (
         "Mean held-out loss in nats a token over the seeds, ± their standard deviation; equal steps on equal batches, rates from a "
         "few tries on a validation part. *Gain*: QST's way down from the untuned model, as a share of LoRA's."
@@ -195,7 +196,7 @@ def tune_quality(results: Results) -> str:
             "LoRA. At × 1 the run has as many as each LoRA, so that each rank gets a share of them; at × 6 as many as the six LoRA "
             "together, in whose place it stands:"
         ]
-        parts += [table("model|task|steps:|seeds:|" + "|".join(f"{rank}:" for rank in ranks), cuts), f"![loss by rank]({TUNE_FIGURE})"]
+        parts += [table("model|task|settings|steps:|seeds:|" + "|".join(f"{rank}:" for rank in ranks), cuts), f"![loss by rank]({TUNE_FIGURE})"]
     return "\n\n".join([*parts, *(told(result["machine"], "tune_quality", model) for model, result in found.items())])
 
 

@@ -1,4 +1,4 @@
-"""Figure: one DyLoRA run, and a longer one, cut at each rank beside a LoRA trained at that rank: held-out loss, mean and every seed.
+"""Figure: DyLoRA runs cut at each rank beside a LoRA trained at that rank: held-out loss, mean and every seed.
 
 python bench/tune_quality/figure.py        (results/*.json → docs/figures/tune_quality.png)
 """
@@ -17,8 +17,14 @@ from matplotlib import pyplot
 HERE = Path(__file__).resolve().parent
 FIGURE = HERE.parents[1] / "docs" / "figures" / "tune_quality.png"
 INK, PALE = "#333333", "#999999"
-LORA, DYLORA, LONGER, SIDE = "#2a6fbb", "#c0392b", "#e08a1e", "#2e8b57"
-KINDS = (("lora", LORA, "o"), ("dylora", DYLORA, "s"), ("dylora-6x", LONGER, "^"))
+LORA, SIDE = "#2a6fbb", "#2e8b57"
+KINDS = (
+    ("lora", "LoRA trained at the rank", LORA, "o"),
+    ("dylora", "one DyLoRA run, cut at it", "#d98880", "s"),
+    ("dylora-low", "its rows weighed alike, low ranks first", "#a93226", "D"),
+    ("dylora-6x", "one of 6 times the steps", "#f0b46a", "^"),
+    ("dylora-low-6x", "both", "#ca6f1e", "v"),
+)
 BAND = 0.03
 
 
@@ -71,7 +77,7 @@ def panel(axes: Any, losses: dict[str, list[float]], ranks: list[int]) -> None:
     """One model and task: lines through the means, a point a seed, a band around LoRA, and QST and the untuned base as levels."""
     means = [statistics.mean(losses[f"lora-{rank}"]) for rank in ranks]
     axes.fill_between(ranks, [mean * (1 - BAND) for mean in means], [mean * (1 + BAND) for mean in means], color="#e8e8e8", linewidth=0)
-    for kind, color, marker in KINDS:
+    for kind, _, color, marker in KINDS:
         if f"{kind}-{ranks[0]}" not in losses:
             continue
         axes.plot(ranks, [statistics.mean(losses[f"{kind}-{rank}"]) for rank in ranks], color=color, linewidth=1.2)
@@ -90,9 +96,7 @@ def panel(axes: Any, losses: dict[str, list[float]], ranks: list[int]) -> None:
 def _legend(axes: Any) -> None:
     style = {"linestyle": "-", "markerfacecolor": "none"}
     handles = [
-        Line2D([], [], color=LORA, marker="o", label="LoRA trained at the rank", **style),
-        Line2D([], [], color=DYLORA, marker="s", label="one DyLoRA run, cut at it", **style),
-        Line2D([], [], color=LONGER, marker="^", label="one of 6 times the steps, cut at it", **style),
+        *(Line2D([], [], color=color, marker=marker, label=label, **style) for _, label, color, marker in KINDS),
         Line2D([], [], color=SIDE, linestyle="--", label="QST, the best of its settings"),
         Line2D([], [], color="#e8e8e8", linewidth=7, label=f"within {BAND:.0%} of LoRA"),
     ]

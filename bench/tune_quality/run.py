@@ -4,9 +4,9 @@ python bench/tune_quality/run.py [--model NAME] [--only TEXT] [--seeds 0,1,2] [-
 python bench/tune_quality/run.py --sweep METHOD=RATE[*MIX_RATE],… [--model NAME] [--only TASK]
 
 A run is one model, task, method and seed; what is in results/MODEL.json already is not run again. All methods of a task see the same
-batches in the same order, as many; but `dylora-6x` goes on for 6 times the steps. Nothing was chosen on the held-out part: `--sweep`
-scores rates on the validation part, with a seed of its own, and writes results/sweep_MODEL.json; the settings name the best of the few
-that were tried. Data: `TIGHTFIT_DATA`, or ../shared/data.
+batches in the same order, as many; but what ends in `-6x` goes on for 6 times the steps. `domain-1500` is `domain` in 1,500 steps.
+Nothing was chosen on the held-out part: `--sweep` scores rates on the validation part, with a seed of its own, and writes
+results/sweep_MODEL.json; the settings name the best of the few that were tried. Data: `TIGHTFIT_DATA`, or ../shared/data.
 """
 
 import argparse
@@ -34,6 +34,8 @@ HERE = Path(__file__).resolve().parent
 RESULTS = HERE / "results"
 SWEEP_SEED = 100
 """Of no reported run."""
+NESTED = ("dylora", "dylora-low")
+"""Methods that serve every rank."""
 
 
 def folder_of(model: str) -> Path:
@@ -55,13 +57,13 @@ def task_of(model: str, name: str, tokens: int, validation: int, held_out: int) 
     """The task in the model's tokens; cut once."""
     from transformers import AutoTokenizer
 
-    return read_task(name, data_folder(), AutoTokenizer.from_pretrained(folder_of(model)), tokens, validation, held_out)
+    return read_task(name.partition("-")[0], data_folder(), AutoTokenizer.from_pretrained(folder_of(model)), tokens, validation, held_out)
 
 
 def techniques_of(method: str, settings: dict[str, Any], model: str, seed: int) -> dict[str, dict[str, Any]]:
     """What a method does to the model. The number in `lora-4` is its rank, in `side-4` its reduction; `base-under` is what adapters see.
 
-    `side-1-base` begins as a copy of the base; `dylora-6x` is `dylora` for longer.
+    `side-1-base` begins as a copy of the base; `dylora-low` has settings of its own; `dylora-6x` is `dylora` for longer.
     """
     kind, number, start = [*method.split("-"), "", ""][:3]
     under = settings["models"][model]["under"]
@@ -69,6 +71,7 @@ def techniques_of(method: str, settings: dict[str, Any], model: str, seed: int) 
         return under if number == "under" else {}
     own = settings["models"][model]["side"] if kind == "side" else settings["methods"][kind]
     own = own | settings["copied_side"] if start == "base" else own
+    own = own | settings["low_dylora"] if (kind, number) == ("dylora", "low") else own
     named = {"seed": seed} if kind == "dylora" else {{"side": "reduction", "lora": "rank"}[kind]: int(number)}
     return under | {kind: own | named}
 
@@ -142,6 +145,7 @@ def tune(model_name: str, task_name: str, method: str, seed: int, rate: float, s
 
     began, asked = time.perf_counter(), dict(settings["models"][model_name]["tasks"][task_name])
     asked["steps"] *= settings["longer"].get(method, 1)
+    asked.pop("reductions", None)
     torch.manual_seed(seed)
     model = load(model_name)
     task = task_of(model_name, task_name, asked["tokens"], asked["validation"], asked["held_out"])
@@ -176,12 +180,12 @@ def by_rank(model: nn.Module, records: list[Record], ranks: list[int]) -> dict[s
 def jobs_of(settings: dict[str, Any], model: str, seed: int) -> Iterator[tuple[str, str]]:
     """Task and method of every run of a model with a seed; what is `once` only with the first."""
     asked, found = settings["models"][model], []
-    for task in asked["tasks"]:
-        sides = [f"side-{reduction}" for reduction in asked["reductions"]]
+    for task, details in asked["tasks"].items():
+        sides = [f"side-{reduction}" for reduction in details.get("reductions", asked["reductions"])]
         bases = ["base", "base-under"] if asked["under"] else ["base"]
         found += [(task, method) for method in (*bases, "lora-16", *sides, "full")]
     for task in asked["ranks_on"]:
-        found += [(task, method) for method in ("dylora", *(f"lora-{rank}" for rank in settings["ranks"] if rank != 16))]
+        found += [(task, method) for method in (*NESTED, *(f"lora-{rank}" for rank in settings["ranks"] if rank != 16))]
         found += [(task, method) for method in settings["longer"]]
     yield from (job for job in found if seed == settings["seeds"][0] or job[1] not in settings["once"])
 
@@ -206,7 +210,7 @@ def summary(rows: list[dict[str, Any]], settings: dict[str, Any]) -> dict[str, A
         }
         found[task] = {"methods": methods}
         pairs = {ours: "lora-16" for ours in losses if ours.startswith("side-")}
-        pairs |= {f"{cut}-{rank}": f"lora-{rank}" for cut in ("dylora", *settings["longer"]) for rank in settings["ranks"]}
+        pairs |= {f"{cut}-{rank}": f"lora-{rank}" for cut in (*NESTED, *settings["longer"]) for rank in settings["ranks"]}
         found[task]["over_lora"] = {
             ours: compared(losses[ours], losses[theirs], settings["most_over_lora"])
             for ours, theirs in pairs.items()

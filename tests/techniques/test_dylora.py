@@ -71,16 +71,18 @@ def gradients(part):
     return [row.grad for row in part["default"].parameters()]
 
 
+@pytest.mark.parametrize("scale", ["rank", "largest"])
 @pytest.mark.parametrize("rank", [1, 3, RANK])
-def test_a_rank_is_the_plain_sum_of_its_first_rows(rank):
-    """`base(x) + alpha / b · B[:, :b] A[:b] x` by hand, forward and the gradients; what takes no part has none at all."""
-    model, layer, x = one_layer()
+def test_a_rank_is_the_plain_sum_of_its_first_rows(rank, scale):
+    """`base(x) + alpha / b · B[:, :b] A[:b] x` by hand, or over the largest b; gradients too. What takes no part has none at all."""
+    model, layer, x = one_layer(scale=scale)
+    divisor = {"rank": rank, "largest": RANK}[scale]
     a, b = matrices(layer)
     set_rank(model, rank)
-    expected = x @ layer.base_layer.weight.T + ALPHA / rank * (x @ a[:rank].T) @ b[:, :rank].T
+    expected = x @ layer.base_layer.weight.T + ALPHA / divisor * (x @ a[:rank].T) @ b[:, :rank].T
     found = layer(x)
     torch.testing.assert_close(found, expected)
-    assert layer.scaling["default"] == ALPHA / rank
+    assert layer.scaling["default"] == ALPHA / divisor
     found.square().sum().backward()
     expected.square().sum().backward()
     for part, whole in ((layer.lora_A, a.grad), (layer.lora_B, b.grad.T)):
@@ -115,16 +117,17 @@ def masked_adamw(weight, gradient, moves, state, rate=1e-2, decay=0.1, beta1=0.9
     weight[moves] = weight[moves] * (1 - rate * decay) - rate * mean / (square.sqrt() + epsilon)
 
 
-@pytest.mark.parametrize("mode", ["full", "frozen"])
-def test_adamw_over_drawn_ranks(mode):
-    """Thirty steps against matrices whose rows are masked by hand, in 64 bits."""
-    model, layer, x = one_layer(mode=mode, seed=3)
+@pytest.mark.parametrize(("mode", "slower"), [("full", 0.0), ("frozen", 0.0), ("full", 0.5)])
+def test_adamw_over_drawn_ranks(mode, slower):
+    """Thirty steps of the library's optimizer against matrices whose rows are masked by hand, in 64 bits."""
+    model, layer, x = one_layer(mode=mode, slower=slower, seed=3)
     target = torch.randn(7, layer.out_features, generator=torch.Generator().manual_seed(4))
     a, b = (matrix.detach().double() for matrix in matrices(layer))
     b = b.T.contiguous()  # by rank, as A
     base = x.double() @ layer.base_layer.weight.detach().double().T
     states = [(torch.zeros_like(m), torch.zeros_like(m), torch.zeros(RANK, 1, dtype=torch.double)) for m in (a, b)]
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2, weight_decay=0.1, fused=True)
+    optimizer = steps.make_optimizer(model, learning_rate=1e-2, weight_decay=0.1)
+    rates = torch.tensor([[1e-2], [1e-2 / 2**slower], [1e-2 / 3**slower], [1e-2 / 4**slower], [1e-2 / 5**slower]]).double()
     drawn = Counter()
     for step in range(30):
         model.rank_draw.begin_step(step)
@@ -138,7 +141,7 @@ def test_adamw_over_drawn_ranks(mode):
         learnt, a, b = (a.grad, b.grad), a.detach(), b.detach()
         moves = slice(rank - 1 if mode == "frozen" else 0, rank)
         for weight, gradient, state in zip((a, b), learnt, states, strict=True):
-            masked_adamw(weight, gradient, moves, state)
+            masked_adamw(weight, gradient, moves, state, rates[moves], decay=0.0 if slower else 0.1)
     assert set(drawn) == set(range(1, RANK + 1))
     torch.testing.assert_close(layer.lora_A["default"].whole().double(), a, rtol=1e-4, atol=1e-6)
     torch.testing.assert_close(layer.lora_B["default"].whole().T.double(), b, rtol=1e-4, atol=1e-6)
@@ -190,6 +193,19 @@ def test_the_draw_knows_seed_and_step_only():
     assert all(abs(count - 10_000 / 6) < 4 * (10_000 * 5 / 36) ** 0.5 for count in counts.values())
     pairs = Counter(pairwise(ranks))
     assert len(pairs) == 36 and max(pairs.values()) < 2 * min(pairs.values()), "a step says nothing about the next"
+
+
+def test_low_ranks_are_drawn_more_often_and_none_is_left_out():
+    """The share of ranks up to b is that of u² below b / 6, the root; against the chi-squared bound of 5 degrees at 1 in 10,000."""
+    policy, drawn = adapted(DyLoRA(rank=8, least=3, draw="low", where=ONE_LAYER)).rank_draw, Counter()
+    for step in range(10_000):
+        policy.begin_step(step)
+        drawn[policy.nesting.rank] += 1
+    expected = {rank: 10_000 * (((rank - 2) / 6) ** 0.5 - ((rank - 3) / 6) ** 0.5) for rank in range(3, 9)}
+    assert set(drawn) == set(expected)
+    assert sum((drawn[rank] - count) ** 2 / count for rank, count in expected.items()) < 25.7
+    policy.end_training()
+    assert policy.nesting.rank == 8
 
 
 def test_all_layers_take_the_rank_drawn_and_give_it_back():
@@ -258,12 +274,12 @@ def save(folder, config, state):
     save_file(state, folder / "adapter_model.safetensors")
 
 
-@pytest.mark.parametrize("family", ["llama", "gpt2", "t5"])
-def test_plain_peft_loads_every_rank(family, tmp_path):
-    """Of a file that was cut, and of the one that was not: equal logits."""
-    from peft import PeftModel
+@pytest.mark.parametrize(("family", "scale"), [("llama", "rank"), ("llama", "largest"), ("gpt2", "largest"), ("t5", "rank")])
+def test_plain_peft_loads_every_rank(family, scale, tmp_path):
+    """Of a file that was cut, and of the one that was not: equal logits. What was cut holds settings of PEFT's only."""
+    from peft import LoraConfig, PeftModel
 
-    plain, technique = make(family), DyLoRA(rank=RANK, alpha=ALPHA)
+    plain, technique = make(family), DyLoRA(rank=RANK, alpha=ALPHA, scale=scale)
     model = copy.deepcopy(plain)
     technique.apply(model)
     config, state = technique.learned_config(fill(model)), technique.learned_state(model)
@@ -273,12 +289,25 @@ def test_plain_peft_loads_every_rank(family, tmp_path):
     for rank in (1, 3, RANK):
         set_rank(model, rank)
         save(tmp_path / str(rank), *truncated(config, state, rank))
+        assert truncated(config, state, rank)[0].keys() <= LoraConfig().to_dict().keys()
         expected = model(**inputs).logits
         assert (expected - base).abs().max() > 1e-3
         for name in [str(rank)] + ["whole"] * (rank == RANK):
             loaded = PeftModel.from_pretrained(copy.deepcopy(plain), tmp_path / name).eval()
             assert next(adapted_layers(loaded)).lora_A["default"].weight.shape[0] == rank
             torch.testing.assert_close(loaded(**inputs).logits, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_rows_that_weigh_alike_come_back():
+    technique = DyLoRA(rank=RANK, alpha=ALPHA, scale="largest")
+    source, other = (adapted(technique) for _ in range(2))
+    config, state = technique.learned_config(fill(source)), technique.learned_state(source)
+    technique.load_learned(other, json.loads(json.dumps(config)), state)
+    found = technique.learned_state(other)
+    assert all(torch.equal(found[name], tensor) for name, tensor in state.items())
+    twin = adapted(DyLoRA(rank=RANK, alpha=ALPHA))
+    with pytest.raises(TightfitError, match="dylora_scale largest in place of rank"):
+        DyLoRA(rank=RANK, alpha=ALPHA).load_learned(twin, config, state)
 
 
 def test_what_was_learned_comes_back():
@@ -296,6 +325,7 @@ def test_what_was_learned_comes_back():
     faults = [
         (config | {"r": 9}, state, "r 9 in place of 5"),
         (config | {"lora_alpha": 1.0}, state, "lora_alpha 1.0"),
+        (config | {"dylora_scale": "largest"}, state, "dylora_scale largest in place of rank"),
         (config, {key: tensor for key, tensor in state.items() if key != name}, "lacks"),
         (config, state | {"more": state[name]}, "unknown"),
         (config, truncated(config, state, 2)[1], "shape"),
@@ -420,6 +450,9 @@ def test_low_ranks_are_good_where_those_of_lora_are_not():
         ({"rank": 4, "least": 5}, "between 1 and the rank, 4, not 5", "1"),
         ({"least": 0}, "between 1 and the rank", "1"),
         ({"mode": "frosen"}, "no mode `frosen`", "did you mean `frozen`?"),
+        ({"scale": "larges"}, "no scale `larges`", "did you mean `largest`?"),
+        ({"draw": "lwo"}, "no draw `lwo`", "did you mean `low`?"),
+        ({"slower": -0.5}, "`dylora:slower` is between 0 and 1, not -0.5", "0.5"),
         ({"where": "nothing"}, "`dylora` found no linear layer", "q_proj"),
     ],
 )
@@ -447,5 +480,16 @@ def test_ranks_it_does_not_have():
 
 def test_each_setting_has_a_price():
     settings = catalog.explain("dylora")["settings"]
-    assert [setting["name"] for setting in settings] == ["rank", "alpha", "dropout", "where", "least", "mode", "seed"]
+    assert [setting["name"] for setting in settings] == [
+        "rank",
+        "alpha",
+        "dropout",
+        "where",
+        "least",
+        "mode",
+        "scale",
+        "slower",
+        "draw",
+        "seed",
+    ]
     assert all(setting["price"] for setting in settings)

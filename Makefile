@@ -17,7 +17,7 @@ help:
 	@echo "make clean  remove the environment and all caches"
 
 # torch goes first and by itself, so that its long download is not lost when something after it fails.
-$(READY): pyproject.toml constraints.txt
+$(READY): pyproject.toml constraints.txt hatch_build.py src/tightfit/formats/kernels/table.c
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 		{ printf 'error: tightfit needs Python 3.11 or newer\n\nhint: `make PYTHON=python3.12`\n' >&2; exit 1; }
 	@echo "setting up $(VENV); the first time takes minutes" >&2

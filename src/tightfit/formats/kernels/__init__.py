@@ -1,0 +1,25 @@
+"""Kernels: products with weights in few bits, and their decoding. C on a CPU, Triton on a GPU, and plain torch everywhere else."""
+
+from tightfit.formats.kernels.cpu import (
+    KERNEL_TOKENS,
+    affine_decode,
+    affine_decode_bytes,
+    affine_product,
+    has_kernel,
+    padded_bytes,
+    table_decode,
+    table_decode_bytes,
+    table_product,
+)
+
+__all__ = [
+    "KERNEL_TOKENS",
+    "affine_decode",
+    "affine_decode_bytes",
+    "affine_product",
+    "has_kernel",
+    "padded_bytes",
+    "table_decode",
+    "table_decode_bytes",
+    "table_product",
+]

@@ -6,6 +6,8 @@ The face: nouns and verbs, loaded when they are first used, so that `import tigh
 from importlib import import_module
 from typing import Any
 
+from tightfit import pretrained
+
 __version__ = "0.1.0"
 
 _FACE = {
@@ -37,6 +39,8 @@ _FACE = {
 }
 
 __all__ = sorted(_FACE)
+
+pretrained.enter()
 
 
 def __getattr__(name: str) -> Any:

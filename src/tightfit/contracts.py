@@ -50,6 +50,30 @@ class Settles(Protocol):
 
 
 @runtime_checkable
+class Solves(Protocol):
+    """A technique that quantizes a layer for the inputs that it really gets: `quantize` brings them, layer by layer.
+
+    `apply` prepares the layers as any transform does; a dense weight that is absorbed there is rounded without knowing its inputs. The
+    planner never chooses such a technique by itself.
+    """
+
+    def needs_inputs(self) -> bool:
+        """Whether `solve` looks at the Hessian at all."""
+        ...
+
+    def solve(self, weight: "Tensor", hessian: "Tensor") -> "tuple[Tensor, ...]":
+        """The stored tensors of a layer's codec.  # weight (rows, columns), hessian (columns, columns): the mean of 2 x xᵀ; float32
+
+        Raises `TightfitError` for what is not finite, and for a Hessian that stays singular.
+        """
+        ...
+
+    def solve_bytes(self, rows: int, columns: int) -> int:
+        """Most bytes that are alive while a layer is solved, beside the layer itself: its Hessian and what `solve` takes."""
+        ...
+
+
+@runtime_checkable
 class Initialises(Protocol):
     """A technique that adds parameters which no checkpoint holds. On a live model `apply` gives them values itself."""
 

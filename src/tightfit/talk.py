@@ -41,7 +41,7 @@ def write(file: str, values: Mapping[str, Any]) -> None:
 
 
 @contextmanager
-def bar(name: str, shown: bool, unit: Literal["bytes", "tokens", "samples", "steps"] = "bytes") -> Iterator[Any]:
+def bar(name: str, shown: bool, unit: Literal["bytes", "tokens", "samples", "steps", "layers"] = "bytes") -> Iterator[Any]:
     """A progress bar on stderr with what is done, and the time left; gone once the work is done. Call what it gives with (done, whole).
 
     A third word is told beside the name.

@@ -134,7 +134,7 @@ def changed(family: str, techniques: list[str], dtype: torch.dtype | None = None
 def test_every_way_to_tune_is_walked_over():
     """A new adapter must be given settings here, so that its own matrices are not mistaken for copies."""
     assert {"lora", "side"} <= set(ADAPTERS) <= set(SETTINGS)
-    assert {"int8", "nf4"} <= set(FORMATS)
+    assert {"int8", "nf4", "rtn", "lean"} <= set(FORMATS)
 
 
 def held(copies: Copies, base: str) -> bool:

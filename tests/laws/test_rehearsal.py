@@ -24,6 +24,8 @@ from tightfit.terms.workload import Workload
 PAIRS = [
     ["int8", "recompute"],
     ["nf4", "recompute"],
+    ["lean:bits=3", "lora:rank=4", "recompute"],
+    ["rtn:group=32", "lora:rank=4"],
     ["chunked_loss:tokens=32"],
     ["recompute", "chunked_loss:tokens=32"],
     ["lora:rank=4"],

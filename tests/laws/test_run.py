@@ -16,7 +16,7 @@ from tightfit.terms.errors import TightfitError
 from tightfit.terms.plan import Plan
 from tightfit.terms.workload import Workload
 
-NEAR = {"int8": 0.03, "nf4": 0.5}
+NEAR = {"int8": 0.03, "nf4": 0.5, "rtn": 0.6, "gptq": 0.6, "lean": 0.25}
 """Largest relative error of the logits, in the Frobenius norm. Random weights are the worst case: nothing was learned to be robust."""
 
 SETTINGS = {"offload": {"streamed": (1, 2)}, "side": {"reduction": 4}}
@@ -56,7 +56,8 @@ def test_a_quantized_model_is_near_the_plain_one(family, technique):
 def test_eight_bits_are_nearer_than_four():
     expected = logits(make("llama"))
     errors = {name: (logits(tightfit.apply(make("llama"), [name])) - expected).norm().item() for name in NEAR}
-    assert errors["int8"] < 0.2 * errors["nf4"]
+    assert errors["int8"] < 0.2 * min(errors["nf4"], errors["lean"])
+    assert errors["lean"] < 0.7 * errors["rtn"]
 
 
 @pytest.mark.parametrize("family", CONFIGS)
@@ -94,10 +95,10 @@ def test_gradients_flow_through_a_quantized_model(family, technique):
     assert found and found.keys() < plain.keys()
     assert all(torch.isfinite(gradient).all() for gradient in found.values())
     mine, other = (torch.cat([gradients[name].flatten() for name in found]) for gradients in (found, plain))
-    assert torch.nn.functional.cosine_similarity(mine, other, dim=0) > {"int8": 0.999, "nf4": 0.9}[technique]
+    assert torch.nn.functional.cosine_similarity(mine, other, dim=0) > (0.999 if technique == "int8" else 0.85)
 
 
-@pytest.mark.parametrize("techniques", [["int8", "recompute"], ["nf4", "recompute"]])
+@pytest.mark.parametrize("techniques", [["int8", "recompute"], ["nf4", "recompute"], ["lean:bits=3", "recompute"]])
 def test_pairs_train(techniques):
     """The order in which they are named does not matter: each is applied in its stage."""
     losses = []

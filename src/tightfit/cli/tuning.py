@@ -3,7 +3,6 @@
 import os
 import sys
 from contextlib import nullcontext
-from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -16,6 +15,7 @@ from tightfit.terms.errors import TightfitError
 from tightfit.terms.plan import Plan
 from tightfit.terms.report import Report
 from tightfit.terms.tuning import Tuning
+from tightfit.terms.units import show_bytes
 
 
 @app.command("tune")
@@ -132,18 +132,25 @@ def _tell(report: Report, model: str, output: str, full: bool) -> None:
 
 @app.command("export")
 def export_command(
-    folder: Annotated[str, typer.Argument(help="The folder that `tightfit tune` wrote.", show_default=False)],
-    output: Annotated[str, typer.Option("--output", "-o", help="A new folder for the adapter.", show_default=False)],
-    to: Annotated[str, typer.Option(help="peft")] = "peft",
+    folder: Annotated[str, typer.Argument(help="The folder that `tightfit tune` or `tightfit quantize` wrote.", show_default=False)],
+    output: Annotated[str, typer.Option("--output", "-o", help="A new folder.", show_default=False)],
+    to: Annotated[
+        str, typer.Option(help="peft for an adapter; compressed-tensors (what a model becomes by default) or gptq.", show_default=False)
+    ] = "",
     rank: Annotated[int | None, typer.Option(min=1, help="The rank to cut a `dylora` adapter to.", show_default=False)] = None,
     as_json: Json = False,
 ) -> None:
-    """Write an adapter as a plain PEFT LoRA, a nested one at any of its ranks."""
-    one_of("format", to, "peft")
+    """Write an adapter as a plain PEFT LoRA, or a quantized model in another program's format."""
     quiet()
-    from tightfit.runtime.export import export_peft
+    from tightfit.verbs.exporting import export
 
-    export_peft(folder, output, rank)
-    values = {"adapter": str(Path(output)), "format": to, "rank": rank}
-    if not emit(values, as_json):
+    with bar("writing", not as_json) as progress:
+        values = export(folder, output, to, rank, progress)
+    if emit(values, as_json):
+        return
+    if "adapter" in values:
         out.print(f"saved in {output}; `peft.PeftModel.from_pretrained(model, {output!r})` loads it", markup=False)
+    else:
+        out.print(f"saved in {output}: {show_bytes(values['bytes'])} for programs that read {values['format']}", markup=False)
+        if values["format"] == "compressed-tensors":
+            talk.print("in transformers: from_pretrained(…, quantization_config=CompressedTensorsConfig(dequantize=True))", markup=False)

@@ -5,7 +5,7 @@ from functools import partial
 
 from torch import nn
 
-from tightfit.contracts import Beside
+from tightfit.contracts import Absorbs, Beside
 
 _PATTERNS = ("sliding_window", "layer_type")
 """Attributes by which transformers' modules tell what a block attends to."""
@@ -31,6 +31,12 @@ def blocks_of(model: nn.Module) -> list[tuple[str, nn.Module]]:
     beside = tuple(f"{path}." for path, module in model.named_modules() if isinstance(module, Beside))
     own = [(path, stack) for path, stack in block_lists(model) if not path.startswith(beside)]
     return [(f"{path}.{index}", block) for path, stack in own for index, block in enumerate(stack)]
+
+
+def names_in_files(block: nn.Module) -> list[str]:
+    """Names of what a checkpoint holds of `block`: its parameters, and what belongs to weights that lie there in few bits."""
+    kept = [f"{path}.{name}" for path, module in block.named_modules() if isinstance(module, Absorbs) for name in module._buffers]
+    return [*(name for name, _ in block.named_parameters()), *kept]
 
 
 def adapted_name(model: nn.Module, name: str) -> str:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from tightfit.describe.blocks import blocks_of
 from tightfit.describe.ties import untie
 from tightfit.formats.image import TensorRecord
+from tightfit.formats.stored import StoredFormat
 from tightfit.terms.errors import TightfitError
 
 SHOWN = 8
@@ -33,7 +34,8 @@ class Skeleton:
 
     `origins` maps the names of the module's parameters and persistent buffers to the checkpoint; empty for presets, which have no
     weights. `untied` names weights that the config ties and the checkpoint does not.
-    `live` is the module itself when a live one was described: then its own tensors are the weights.
+    `live` is the module itself when a live one was described: then its own tensors are the weights. `stored` says which layers lie in
+    few bits in the checkpoint; the meta module has them so.
     """
 
     name: str
@@ -44,6 +46,7 @@ class Skeleton:
     origins: Mapping[str, Origin] = field(default_factory=dict)
     untied: tuple[str, ...] = ()
     live: nn.Module | None = None
+    stored: StoredFormat | None = None
 
     def meta_model(self) -> nn.Module:
         """A fresh module on `meta`, each tensor in the precision it is loaded in, in evaluation mode. Takes no memory."""
@@ -58,6 +61,8 @@ class Skeleton:
         untie(model, self.untied)
         keep_precise(model, self.dtype)
         line_up_head(model)
+        if self.stored:
+            self.stored.prepare(model)
         return model
 
     def weight_bytes(self) -> int:

@@ -13,8 +13,10 @@ from tightfit.describe.checkpoint import read_checkpoint
 from tightfit.describe.hub import hub_folder, read_hub
 from tightfit.describe.skeleton import Skeleton, match_origins, refuse_faults
 from tightfit.describe.ties import stored_apart, tied_heads, untie
+from tightfit.formats.stored import StoredFormat
 from tightfit.presets import presets
 from tightfit.terms.errors import TightfitError, near
+from tightfit.terms.quantizing import METHOD
 from tightfit.terms.workload import Task
 
 
@@ -28,12 +30,13 @@ def describe(source: str | nn.Module, task: Task = "generate", random_weights: b
     if isinstance(source, nn.Module):
         return _live(source)
     folder, file, on_hub = _find(source, fetch and not random_weights)
-    config, unties = _load_config(file)
+    config, unties, stored = _load_config(file)
     model_class = _model_class(config, task)
     records = {}
     if folder is not None and not random_weights:
         records = read_hub(source, folder) if on_hub else read_checkpoint(folder)
-    skeleton = Skeleton(source, config, model_class, _stored_dtype(config, records), folder=str(folder or ""))
+    dtype = config.dtype if stored and isinstance(config.dtype, torch.dtype) else _stored_dtype(config, records)
+    skeleton = Skeleton(source, config, model_class, dtype, folder=str(folder or ""), stored=stored)
     if folder is None and not unties:
         return skeleton
     model = _buildable(skeleton)
@@ -89,8 +92,8 @@ def _buildable(skeleton: Skeleton) -> nn.Module:
         ) from error
 
 
-def _load_config(file: Path) -> tuple[Any, bool]:
-    """The config, and whether the file unties the head although the config's class ties it (T5's does, whatever it is told)."""
+def _load_config(file: Path) -> tuple[Any, bool, StoredFormat | None]:
+    """The config, whether the file unties the head although its class ties it (T5's does, whatever it is told), and the quantization."""
     from transformers import AutoConfig
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
@@ -111,16 +114,24 @@ def _load_config(file: Path) -> tuple[Any, bool]:
         raise TightfitError(
             f"the architecture `{model_type}` is unknown to the installed transformers", hint=near(model_type, CONFIG_MAPPING.keys())
         )
-    if quantization := values.get("quantization_config"):
-        method = quantization.get("quant_method", "?") if isinstance(quantization, dict) else "?"
-        raise TightfitError(
-            f"the weights are already quantized (`{method}`)", hint="name the original model; tightfit quantizes while it loads"
-        )
+    stored = _stored_format(values.pop("quantization_config", None))
     try:
         config = AutoConfig.for_model(model_type, **values)
     except Exception as error:  # transformers validates with its own many error classes
         raise TightfitError(f"`{file}` is not a valid `{model_type}` config: {' '.join(str(error).split())[:200]}") from error
-    return config, values.get("tie_word_embeddings") is False and vars(config).get("tie_word_embeddings") is True
+    return config, values.get("tie_word_embeddings") is False and vars(config).get("tie_word_embeddings") is True, stored
+
+
+def _stored_format(quantization: Any) -> StoredFormat | None:
+    """What `tightfit quantize` wrote; None for a dense model. Raises for the formats of others."""
+    method = quantization.get("quant_method", "?") if isinstance(quantization, dict) else "?"
+    if not quantization:
+        return None
+    if method == METHOD:
+        return StoredFormat.read(quantization)
+    raise TightfitError(
+        f"the weights are already quantized (`{method}`)", hint="name the original model; tightfit quantizes while it loads"
+    )
 
 
 def _model_class(config: Any, task: Task) -> type[nn.Module]:

@@ -73,9 +73,14 @@ class QuantizedLinear(nn.Module):
             if name != "weight":
                 raise KeyError(name)
             check_shape(name, dense, self.shape[::-1] if self.transposed else self.shape)
-            encoded = self.codec.encode(dense.t().contiguous() if self.transposed else dense)
-            for stored_name, tensor in zip(self.stored_names, encoded, strict=True):
-                materialize(self, stored_name, dense.device).copy_(tensor)
+            self.keep(self.codec.encode(dense.t().contiguous() if self.transposed else dense))
+
+    @torch.no_grad()
+    def keep(self, stored: Sequence[Tensor]) -> None:
+        """Take the weight as the codec's stored tensors, which a solver found."""
+        with torch.inference_mode(False):
+            for name, tensor in zip(self.stored_names, stored, strict=True):
+                materialize(self, name, tensor.device).copy_(tensor)
 
     def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
         """The dense weight, (out_features, in_features), in `dtype` or the layer's own."""

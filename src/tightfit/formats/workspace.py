@@ -12,6 +12,8 @@ from torch.utils.flop_counter import flop_registry, register_flop_formula
 from tightfit.formats.codec import device_of
 from tightfit.formats.experts import TOKENS, QuantizedExperts, module_of
 from tightfit.formats.int8 import int8pack_bytes
+from tightfit.formats.kernels import affine_decode_bytes, padded_bytes, table_decode_bytes
+from tightfit.formats.packing import padded_columns
 
 _GATE_ROWS = {"plain": (2, 5), "own": (5, 7)}
 """Rows as wide as an expert that a gate allocates, in its forward pass (all kept for the backward pass, the result among them) and at
@@ -62,11 +64,30 @@ def _int8pack_bytes(args: Arguments, kwargs: Mapping[str, Any]) -> int:
     return int8pack_bytes(x.shape[0], tuple(codes.shape), x.dtype) if device_of(x) == "cuda" else 0
 
 
+def _padded_bytes(args: Arguments, kwargs: Mapping[str, Any]) -> int:
+    x, *_ = args
+    return padded_bytes(*x.shape, x.dtype)
+
+
+def _table_decode_bytes(args: Arguments, kwargs: Mapping[str, Any]) -> int:
+    packed, table, columns, dtype = args
+    return table_decode_bytes(packed.shape[0], columns, table.shape[1].bit_length() - 1, dtype)
+
+
+def _affine_decode_bytes(args: Arguments, kwargs: Mapping[str, Any]) -> int:
+    packed, _scale, _zero, columns, dtype = args
+    return affine_decode_bytes(packed.shape[0], columns, 8 * packed.shape[1] // padded_columns(columns), dtype)
+
+
 WORKSPACE: dict[Any, Callable[[Arguments, Mapping[str, Any]], int]] = {
     torch.ops.tightfit.experts.default: _forward_bytes,
     torch.ops.tightfit.experts_backward.default: _backward_bytes,
     torch.ops.aten._weight_int8pack_mm.default: _int8pack_bytes,
     torch.ops.tightfit.rehearsed_product.default: lambda args, kwargs: args[4],
+    torch.ops.tightfit.table_product.default: _padded_bytes,
+    torch.ops.tightfit.affine_product.default: _padded_bytes,
+    torch.ops.tightfit.table_decode.default: _table_decode_bytes,
+    torch.ops.tightfit.affine_decode.default: _affine_decode_bytes,
 }
 """Operator → bytes that it allocates beside its results, from its arguments."""
 

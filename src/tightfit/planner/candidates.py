@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
-from tightfit.contracts import QUALITIES, Quality, Settles, Stage, Transform
+from tightfit.contracts import QUALITIES, Quality, Settles, Solves, Stage, Transform
 from tightfit.terms.workload import Workload
 
 Settings = Mapping[str, Any]
@@ -55,7 +55,8 @@ def candidates(workload: Workload, available: Mapping[str, type[Any]], asked: Ma
     quantizations: list[dict[str, Settings]] = [{}]
     frozen = workload.task != "tune" or _has_stage(asked, available, Stage.ADAPT)
     if frozen and not _has_stage(asked, available, Stage.QUANTIZE):
-        quantizations += [dict[str, Settings]({name: {}}) for name, kind in available.items() if kind.stage == Stage.QUANTIZE]
+        by_itself = [name for name, kind in available.items() if kind.stage == Stage.QUANTIZE and not issubclass(kind, Solves)]
+        quantizations += [dict[str, Settings]({name: {}}) for name in by_itself]
     recomputations: list[dict[str, Settings]] = [{}]
     if workload.task == "tune" and not _has_stage(asked, available, Stage.RECOMPUTE):
         recomputations += [dict[str, Settings]({name: {}}) for name, kind in available.items() if kind.stage == Stage.RECOMPUTE]

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 from tightfit.contracts import Absorbs, Beside, Transform
-from tightfit.describe.blocks import adapted_name, blocks_of
+from tightfit.describe.blocks import adapted_name, blocks_of, names_in_files
 from tightfit.describe.skeleton import Skeleton
 from tightfit.formats.experts import QuantizedExperts
 from tightfit.formats.image import PIECE_BYTES, READERS, BlockImage, image_in_files, staging_bytes
@@ -49,16 +49,15 @@ def weigh(skeleton: Skeleton, techniques: Iterable[Transform], random_weights: b
     model = skeleton.meta_model()
     if not tuned:
         model.requires_grad_(False)
-    dense = dict(model.named_parameters())
-    inside = [[f"{path}.{name}" for name, _ in block.named_parameters()] for path, block in blocks_of(model)]
+    dense, stored = dict(model.named_parameters()), {path for path, module in model.named_modules() if isinstance(module, Absorbs)}
+    inside = [[f"{path}.{name}" for name in names_in_files(block)] for path, block in blocks_of(model)]
     beside = {} if random_weights else read_beside(skeleton, model)
     for technique in sorted(techniques, key=lambda technique: technique.stage):
         technique.apply(model)
     blocks = [block for _, block in blocks_of(model)]
-    encoded = _encoded(model, dense)
+    encoded = _encoded(model, dense, stored)
     images = [_image(skeleton, names, beside) for names in inside]
-    absorbs = any(isinstance(module, Absorbs) for block in blocks for module in block.modules())
-    changed = random_weights or absorbs or any(image is None for image in images)
+    changed = random_weights or bool(encoded) or any(image is None for image in images)
     turns = [sum(tensor_bytes(tensor) for tensor in _that_takes_turns(block, changed)) for block in blocks]
     return Weights(
         blocks=tuple(turns),
@@ -105,9 +104,11 @@ def tensor_bytes(tensor: Tensor) -> int:
 
 
 def _that_takes_turns(block: nn.Module, changed: bool) -> list[Tensor]:
-    """Frozen parameters; buffers too where the block is written to a spill file, while the model's own files hold none."""
+    """Frozen parameters, and their tables and scales; all buffers where the block is written to a spill file."""
     frozen: list[Tensor] = [parameter for parameter in block.parameters() if not parameter.requires_grad]
-    return [*frozen, *block.buffers()] if changed else frozen
+    stored = set(names_in_files(block))
+    kept = [buffer for name, buffer in block.named_buffers() if changed or name in stored]
+    return [*frozen, *kept]
 
 
 def _image(skeleton: Skeleton, names: list[str], beside: Mapping[str, int]) -> BlockImage | None:
@@ -124,9 +125,9 @@ def _image(skeleton: Skeleton, names: list[str], beside: Mapping[str, int]) -> B
     return image_in_files({name: skeleton.origins[name].records[0] for name in names})
 
 
-def _encoded(model: nn.Module, dense: Mapping[str, nn.Parameter]) -> set[str]:
-    """Dense parameters that a module keeps in a form of its own."""
-    owners = {path for path, module in model.named_modules() if isinstance(module, Absorbs)}
+def _encoded(model: nn.Module, dense: Mapping[str, nn.Parameter], stored: set[str]) -> set[str]:
+    """Dense parameters that a module keeps in a form of its own; `stored` modules take theirs as the checkpoint has it."""
+    owners = {path for path, module in model.named_modules() if isinstance(module, Absorbs)} - stored
     return {name for name in dense if adapted_name(model, name).rpartition(".")[0] in owners}
 
 

@@ -21,7 +21,7 @@ from tightfit.describe.digest import digest_of
 from tightfit.describe.skeleton import Skeleton, match_origins, persistent_buffers, refuse_faults
 from tightfit.formats.image import TensorRecord
 from tightfit.runtime.build import Built
-from tightfit.runtime.files import read_json, replacing, write_json, write_tensors
+from tightfit.runtime.files import copy_companions, read_json, write_json, write_tensors
 from tightfit.runtime.weights import read_record, reader
 from tightfit.terms.errors import TightfitError
 from tightfit.terms.restore import restore
@@ -41,18 +41,6 @@ _NO_MATTER = {"task_type", "peft_type", "auto_mapping", "peft_version", "base_mo
     "fan_in_fan_out",
 }
 """What of PEFT's config is understood here, or changes nothing that is computed."""
-
-_COMPANIONS = (
-    "tokenizer*",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab*",
-    "merges.txt",
-    "*.model",
-    "*.jinja",
-    "generation_config.json",
-)
-"""Files beside a model's weights that belong to its words, and do not change when it is tuned."""
 
 
 @dataclass(frozen=True)
@@ -196,10 +184,7 @@ def _save_whole(model: Any, folder: Path, base_folder: str) -> None:
     config.architectures, config.dtype = [type(model).__name__], model.dtype
     write_tensors(folder / "model.safetensors", tensors)
     write_json(folder / "config.json", json.loads(config.to_json_string()))
-    for pattern in _COMPANIONS if base_folder else ():
-        for file in Path(base_folder).glob(pattern):
-            with replacing(folder / file.name) as stream:
-                stream.write(file.read_bytes())
+    copy_companions(base_folder, folder)
 
 
 def _refuse_unreadable(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:

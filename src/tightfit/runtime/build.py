@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from tightfit import catalog
 from tightfit.contracts import Absorbs, Initialises
-from tightfit.describe.blocks import adapted_name, blocks_of
+from tightfit.describe.blocks import adapted_name, blocks_of, names_in_files
 from tightfit.describe.skeleton import Skeleton, persistent_buffers
 from tightfit.formats.image import BlockImage, copy_into, image_in_files, image_of, unbind
 from tightfit.runtime.link import pinned_empty
@@ -125,6 +125,9 @@ class _Source:
         self.built = built
         self.dense = built.skeleton.meta_model()
         self.read = reader(built.skeleton, built.plan.random_weights)
+        self.stored = {
+            f"{path}.{name}" for path, module in self.dense.named_modules() if isinstance(module, Absorbs) for name in module._parameters
+        }
         self.done = 0
         self.whole = sum(_bytes(parameter) for parameter in self.dense.parameters())
         self.names: dict[int, list[str]] = {}
@@ -152,15 +155,22 @@ class _Source:
 
     def image_in_files(self, path: str, block: nn.Module) -> BlockImage | None:
         """The image of `block` straight in the checkpoint; None when it is quantized, converted, made up, or of another precision."""
-        origins, dense = self.built.skeleton.origins, dict(self.dense.get_submodule(path).named_parameters())
+        origins, stored = self.built.skeleton.origins, self.dense.get_submodule(path)
+        state = stored.state_dict(keep_vars=True)
+        dense = {name: state[name] for name in names_in_files(stored)}
         found = {name: origins.get(f"{path}.{name}") for name in dense}
         plain = all(origin and origin.conversion is None and origin.records[0].dtype == dense[name].dtype for name, origin in found.items())
-        if self.built.plan.random_weights or not plain or any(isinstance(module, Absorbs) for module in block.modules()):
+        if self.built.plan.random_weights or not plain or self._absorbs(path, block):
             return None
         image = image_in_files({adapted_name(block, name): origin.records[0] for name, origin in found.items() if origin})
         if image is not None:
             self.done += sum(_bytes(parameter) for parameter in dense.values())
         return image
+
+    def _absorbs(self, path: str, block: nn.Module) -> bool:
+        """Whether a weight of `block` takes another form than it has in the checkpoint."""
+        owners = [f"{path}.{inside}" for inside, module in block.named_modules() if isinstance(module, Absorbs)]
+        return any(not isinstance(self.dense.get_submodule(owner.replace(".base_layer", "")), Absorbs) for owner in owners)
 
     def _place(self, names: list[str], device: torch.device) -> None:
         dense = self.read(names[0]).to(device)
@@ -168,7 +178,7 @@ class _Source:
         for name in names:
             parent, _, leaf = adapted_name(self.built.model, name).rpartition(".")
             owner = self.built.model.get_submodule(parent)
-            if isinstance(owner, Absorbs):
+            if isinstance(owner, Absorbs) and name not in self.stored:
                 self._absorb(owner, name, leaf, dense)
             else:
                 shared.requires_grad_(shared.requires_grad or owner.get_parameter(leaf).requires_grad)
@@ -180,7 +190,7 @@ class _Source:
         skeleton = self.built.skeleton
         for name in persistent_buffers(self.dense) if not self.built.plan.random_weights else ():
             if name in skeleton.origins or skeleton.live is not None:
-                parent, _, leaf = name.rpartition(".")
+                parent, _, leaf = adapted_name(self.built.model, name).rpartition(".")
                 self.built.model.get_submodule(parent)._buffers[leaf] = self.read(name).to(self.built.device)
 
     def _absorb(self, owner: Absorbs, name: str, leaf: str, dense: Tensor) -> None:

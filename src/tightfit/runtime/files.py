@@ -26,6 +26,19 @@ _DTYPES = {
 }
 
 
+_COMPANIONS = (
+    "tokenizer*",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab*",
+    "merges.txt",
+    "*.model",
+    "*.jinja",
+    "generation_config.json",
+)
+"""Files beside a model's weights that belong to its words, and do not change when it is tuned."""
+
+
 @contextmanager
 def replacing(file: Path) -> Iterator[BinaryIO]:
     """A stream whose bytes take the place of `file` once all are on the disk. After a fault the old file is still there."""
@@ -91,3 +104,11 @@ def read_json(file: Path) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise TightfitError(f"`{file}` is not a JSON object", hint="it is damaged; take it from a copy")
     return values
+
+
+def copy_companions(base_folder: str, folder: Path) -> None:
+    """Copy what belongs to a model's words beside its weights; nothing where the base has no folder."""
+    for pattern in _COMPANIONS if base_folder else ():
+        for file in Path(base_folder).glob(pattern):
+            with replacing(folder / file.name) as stream:
+                stream.write(file.read_bytes())

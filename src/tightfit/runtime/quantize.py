@@ -1,0 +1,268 @@
+"""Quantize: solve one block of a model after the other for the text that it is fed, and write each as soon as it is done.
+
+No more than one dense block is in memory, its Hessians, and the hidden states of the calibration text. What is written lies in a folder
+beside the wished one until all of it is there; a run that was stopped goes on at the first block that is missing.
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tightfit.contracts import Absorbs, Solves
+from tightfit.describe.blocks import block_lists, blocks_of
+from tightfit.describe.digest import digest_of
+from tightfit.describe.skeleton import Skeleton, persistent_buffers
+from tightfit.formats.experts import QuantizedExperts
+from tightfit.formats.linear import QuantizedLinear, replace
+from tightfit.formats.stored import StoredFormat
+from tightfit.runtime.build import restore_buffers
+from tightfit.runtime.calibrate import Walk, advance, alike, first_states, hessian_of
+from tightfit.runtime.files import copy_companions, read_json, settle, write_json, write_tensors
+from tightfit.runtime.weights import reader
+from tightfit.terms.errors import TightfitError
+
+UNFINISHED = ".unfinished"
+"""What the folder of a run that is not done is called beyond its name."""
+
+NOTE = "quantize.json"
+"""What a run that goes on must agree with."""
+
+STATES = "states.bin"
+"""The hidden states, where they rest on the disk."""
+
+Progress = Callable[[int, int, str], None]
+"""Told (layers done, layers in all, the layer's path) after each layer."""
+
+
+@dataclass
+class Job:
+    """One model on its way into few bits. `rows` samples go through a block at once; hidden states may rest `on_disk`."""
+
+    skeleton: Skeleton
+    technique: Solves
+    samples: Tensor  # (samples, tokens) of token ids
+    rows: int
+    device: torch.device
+    on_disk: bool = False
+    progress: Progress = lambda done, whole, layer: None
+
+    def __post_init__(self) -> None:
+        self.model = self.skeleton.meta_model()  # dense; one block at a time has its weights
+        self.target = self.skeleton.meta_model()  # of which only the quantized layers are taken
+        self.technique.apply(self.target)  # type: ignore[attr-defined]
+        self.read = reader(self.skeleton, random_weights=False)
+        self.blocks = blocks_of(self.model)
+        self.layers = quantized_layers(self.target)
+        self.done = 0
+
+    @property
+    def weights(self) -> int:
+        """Weights that are quantized."""
+        dense = dict(self.skeleton.meta_model().named_parameters())
+        return sum(
+            parameter.numel()
+            for name, parameter in dense.items()
+            if name.startswith(tuple(f"{at}." for at in self.layers)) and parameter.dim() > 1
+        )
+
+
+def quantize(job: Job, folder: Path, resume: bool = False) -> None:
+    """Write the model in few bits to `folder`, which does not exist yet. Raises `TightfitError`; what was done is kept for `resume`."""
+    refuse_model(job.skeleton, job.model)
+    work = _begin(job, folder, resume)
+    with torch.inference_mode():
+        _place_outside(job)
+        walk = Walk(job.model, job.blocks, job.samples, job.rows, job.device, work / STATES if job.on_disk else None)
+        states, calls = first_states(walk)
+        for position, (path, block) in enumerate(job.blocks):
+            shard = work / _shard(position, len(job.blocks))
+            if shard.exists():
+                _fill_from(job, path, block, shard)
+            else:
+                _place(job, path, block)
+                _solve_block(job, walk, position, states, calls[position])
+                write_tensors(shard, {f"{path}.{name}": tensor for name, tensor in block.state_dict().items()})
+            advance(walk, block, states, calls[position])
+            block.to("meta")
+        outside = _outside(job)
+    write_tensors(work / _shard(len(job.blocks), len(job.blocks)), outside)
+    _finish(job, work, folder)
+
+
+def refuse_model(skeleton: Skeleton, model: nn.Module) -> None:
+    """Raise `TightfitError` for models whose blocks cannot be walked through one after the other, and for quantized ones."""
+    if skeleton.stored:
+        raise TightfitError(
+            f"`{skeleton.name}` is already quantized, to {skeleton.stored.bits} bits",
+            hint="name the original model: each rounding adds to the last",
+        )
+    if model.config.is_encoder_decoder or len(block_lists(model)) != 1:
+        raise TightfitError(
+            f"`{type(model).__name__}` has {len(block_lists(model))} stacks of blocks; `quantize` walks through one",
+            hint="decoders such as Llama and encoders such as BERT have one",
+        )
+
+
+def quantized_layers(model: nn.Module) -> list[str]:
+    """The paths of the layers that hold few bits."""
+    return [path for path, module in model.named_modules() if isinstance(module, QuantizedLinear | QuantizedExperts)]
+
+
+def _begin(job: Job, folder: Path, resume: bool) -> Path:
+    """The folder to work in, with a note of what is being made. Refuses a folder in use, and to go on with something else."""
+    work = folder.with_name(folder.name + UNFINISHED)
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise TightfitError(f"`{folder}` is there already", hint="name a folder that does not exist, or remove it first")
+    note = {"technique": repr(job.technique), "model": digest_of(job.skeleton), "text": _digest(job.samples)}
+    if work.exists() and not resume:
+        raise TightfitError(f"`{work}` holds a run that was not finished", hint="go on with `--resume`, or remove the folder")
+    if work.exists() and (work / NOTE).exists():
+        found = read_json(work / NOTE)
+        other = [name for name in note if found.get(name) != note[name]]
+        if other:
+            raise TightfitError(
+                f"the unfinished run has another {' and another '.join(other)}", hint=f"resume with the same, or remove `{work}`"
+            )
+        return work
+    try:
+        work.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise TightfitError(f"cannot make `{work}`: {error.strerror}", hint="name a folder that you may write to") from error
+    write_json(work / NOTE, note)
+    return work
+
+
+def _digest(samples: Tensor) -> str:
+    return hashlib.sha256(samples.contiguous().numpy().tobytes()).hexdigest()[:16]
+
+
+def _shard(position: int, blocks: int) -> str:
+    return f"model-{position + 1:05d}-of-{blocks + 1:05d}.safetensors"
+
+
+def _place_outside(job: Job) -> None:
+    """Weights of no block, on the compute device; and all buffers, which are small."""
+    inside = tuple(f"{path}." for path, _ in job.blocks)
+    shared: dict[int, nn.Parameter] = {}
+    for name, parameter in list(job.model.named_parameters(remove_duplicate=False)):
+        if not name.startswith(inside):
+            if id(parameter) not in shared:
+                shared[id(parameter)] = nn.Parameter(job.read(name).to(job.device), requires_grad=False)
+            _owner(job.model, name)._parameters[name.rpartition(".")[2]] = shared[id(parameter)]
+    for name in persistent_buffers(job.model):
+        if name in job.skeleton.origins:
+            _owner(job.model, name)._buffers[name.rpartition(".")[2]] = job.read(name).to(job.device)
+    restore_buffers(job.model, job.device)
+
+
+def _owner(model: nn.Module, name: str) -> nn.Module:
+    return model.get_submodule(name.rpartition(".")[0])
+
+
+def _place(job: Job, path: str, block: nn.Module) -> None:
+    for name, _ in list(block.named_parameters()):
+        dense = nn.Parameter(job.read(f"{path}.{name}").to(job.device), requires_grad=False)
+        _owner(block, name)._parameters[name.rpartition(".")[2]] = dense
+
+
+def _solve_block(job: Job, walk: Walk, position: int, states: Tensor, call: Mapping[str, Any]) -> None:
+    """Layers that are fed alike at once, in the order in which they are called; those after see what those before became."""
+    path, block = job.blocks[position]
+    inside = _inside(job, path)
+    linear = [name for name in inside if isinstance(job.target.get_submodule(f"{path}.{name}"), QuantizedLinear)]
+    for names in alike(walk, block, linear, states, call):
+        wanted = job.technique.needs_inputs()
+        hessian = hessian_of(walk, block, block.get_submodule(names[0]), states, call) if wanted else torch.empty(0)
+        for name in names:
+            _solve(job, path, block, name, hessian)
+    for name in inside:
+        if not isinstance(block.get_submodule(name), Absorbs):
+            _absorb(job, path, block, name)  # fused experts, and layers that no sample reached
+
+
+def _inside(job: Job, path: str) -> list[str]:
+    return [layer.removeprefix(f"{path}.") for layer in job.layers if layer.startswith(f"{path}.")]
+
+
+def _solve(job: Job, path: str, block: nn.Module, name: str, hessian: Tensor) -> None:
+    dense, layer = block.get_submodule(name), job.target.get_submodule(f"{path}.{name}")
+    weight = dense.weight.t() if layer.transposed else dense.weight
+    try:
+        tensors = job.technique.solve(weight.float().contiguous(), hessian)
+    except TightfitError as error:
+        raise TightfitError(f"`{path}.{name}`: {error}", hint=error.hint) from error
+    layer.keep(tensors)
+    if dense.bias is not None:
+        layer.absorb("bias", dense.bias)
+    replace(block, name, layer)
+    _told(job, f"{path}.{name}")
+
+
+def _absorb(job: Job, path: str, block: nn.Module, name: str) -> None:
+    dense, layer = block.get_submodule(name), job.target.get_submodule(f"{path}.{name}")
+    for inside, parameter in dense.named_parameters():
+        layer.absorb(inside, parameter)
+    replace(block, name, layer)
+    _told(job, f"{path}.{name}")
+
+
+def _told(job: Job, layer: str) -> None:
+    job.done += 1
+    job.progress(job.done, len(job.layers), layer)
+
+
+def _fill_from(job: Job, path: str, block: nn.Module, shard: Path) -> None:
+    """The block that an earlier run finished."""
+    from safetensors.torch import load_file
+
+    for name in _inside(job, path):
+        replace(block, name, job.target.get_submodule(f"{path}.{name}"))
+        _told(job, f"{path}.{name}")
+    for name, tensor in load_file(shard, device=str(job.device)).items():
+        inside = name.removeprefix(f"{path}.")
+        owner, leaf = _owner(block, inside), inside.rpartition(".")[2]
+        if leaf in owner._parameters:
+            owner._parameters[leaf] = nn.Parameter(tensor, requires_grad=False)
+        else:
+            owner._buffers[leaf] = tensor
+
+
+def _outside(job: Job) -> dict[str, Tensor]:
+    """Tied names once."""
+    inside, found, seen = tuple(f"{path}." for path, _ in job.blocks), {}, set()
+    for name, tensor in job.model.state_dict(keep_vars=True).items():
+        if not name.startswith(inside) and id(tensor) not in seen:
+            seen.add(id(tensor))
+            found[name] = tensor.detach()
+    return found
+
+
+def _finish(job: Job, work: Path, folder: Path) -> None:
+    """Index, config and tokenizer; then the folder gets its name."""
+    from tightfit.describe.checkpoint import INDEX, read_header
+
+    places, total = {}, 0
+    for position in range(len(job.blocks) + 1):
+        shard = _shard(position, len(job.blocks))
+        records = read_header(work / shard)
+        places |= dict.fromkeys(records, shard)
+        total += sum(record.nbytes for record in records.values())
+    write_json(work / INDEX, {"metadata": {"total_size": total}, "weight_map": places})
+    config = json.loads(job.skeleton.config.to_json_string(use_diff=False))
+    config |= {"quantization_config": StoredFormat.of(job.target).note(), "dtype": str(job.skeleton.dtype).removeprefix("torch.")}
+    config["architectures"] = [job.skeleton.model_class.__name__]
+    write_json(work / "config.json", config)
+    copy_companions(job.skeleton.folder, work)
+    for name in (NOTE, STATES):
+        (work / name).unlink(missing_ok=True)
+    if folder.exists():
+        folder.rmdir()
+    os.replace(work, folder)
+    settle(folder.parent)

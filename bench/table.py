@@ -12,6 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from cells import ABSENT, Results, percent, table, times, told, yes
+from kernel_tables import kernels
+from quantize_tables import quantize_quality
 from tune_tables import bigger_steps, gpu_steps, tune_memory, tune_quality
 
 from tightfit.terms.units import show_bytes, show_seconds
@@ -182,6 +184,8 @@ QUESTIONS: dict[str, tuple[str, Callable[[Results], str]]] = {
     "plan_speed": ("How long does a plan take?", plan_speed),
     "gpu": ("And on a GPU?", gpu),
     "tune_quality": ("How good is what was tuned?", tune_quality),
+    "kernels": ("How fast are products with few-bit weights?", kernels),
+    "quantize_quality": ("How good are few-bit weights?", quantize_quality),
 }
 
 

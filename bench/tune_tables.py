@@ -196,7 +196,10 @@ def tune_quality(results: Results) -> str:
             "LoRA. At × 1 the run has as many as each LoRA, so that each rank gets a share of them; at × 6 as many as the six LoRA "
             "together, in whose place it stands:"
         ]
-        parts += [table("model|task|settings|steps:|seeds:|" + "|".join(f"{rank}:" for rank in ranks), cuts), f"![loss by rank]({TUNE_FIGURE})"]
+        parts += [
+            table("model|task|settings|steps:|seeds:|" + "|".join(f"{rank}:" for rank in ranks), cuts),
+            f"![loss by rank]({TUNE_FIGURE})",
+        ]
     return "\n\n".join([*parts, *(told(result["machine"], "tune_quality", model) for model, result in found.items())])
 
 

@@ -11,7 +11,8 @@ NAMES = {
     "lean": "lean",
     "lean-affine": "lean, affine",
     "lean-affine-grouped": "lean, affine, grouped",
-    "nf4": "NF4 (bitsandbytes)",
+    "nf4": "NF4, scales in 8 bits (bitsandbytes)",
+    "nf4-plain": "NF4 (bitsandbytes)",
     "hqq": "HQQ (torchao)",
     "k-quants": "k-quants (llama.cpp)",
 }

@@ -1,6 +1,7 @@
 """Peers: what others make of the same weights, each decoded again, so that one scorer serves all; and how many bits a weight takes.
 
-- `nf4`: bitsandbytes' NF4 with double quantization, as the technique `nf4` stores it (tests compare it with bitsandbytes bit by bit).
+- `nf4`: bitsandbytes' NF4 with double quantization, as the technique `nf4` stores it (tests compare it with bitsandbytes bit by bit);
+  `nf4-plain`: its scales in 32 bits, bitsandbytes' default.
 - `hqq`: torchao's HQQ solver; needs the PyPI package torchao.
 - `k-quants`: llama.cpp's `llama-quantize` (`peers/build_llama_cpp.sh`; its folder in `LLAMA_CPP`); needs the PyPI package gguf.
 Only the linear layers of the blocks are changed, as in all other rows.
@@ -28,8 +29,8 @@ K_QUANTS = {4: "Q4_K_S", 3: "Q3_K_S", 2: "Q2_K"}
 
 def peer_model(method: str, bits: int, model: nn.Module) -> tuple[nn.Module, float]:
     """The model with its blocks' linear layers as the peer makes them, and bits per weight of these."""
-    if method == "nf4":
-        return _nf4(model)
+    if method.startswith("nf4"):
+        return _nf4(model, double_quantization=method == "nf4")
     layers = {
         f"{path}.{name}": layer for path, block in blocks_of(model) for name, layer in block.named_modules() if type(layer) is nn.Linear
     }
@@ -40,10 +41,10 @@ def peer_model(method: str, bits: int, model: nn.Module) -> tuple[nn.Module, flo
     return model, stored_bits / sum(weight.numel() for weight in weights.values())
 
 
-def _nf4(model: nn.Module) -> tuple[nn.Module, float]:
+def _nf4(model: nn.Module, double_quantization: bool) -> tuple[nn.Module, float]:
     import tightfit
 
-    tightfit.apply(model, {"nf4": {"layout": "standard"}})
+    tightfit.apply(model, {"nf4": {"layout": "standard", "double_quantization": double_quantization}})
     layers = [module for module in model.modules() if isinstance(module, QuantizedLinear)]
     stored_bits = sum(8 * tensor.nbytes for layer in layers for tensor in layer.stored)
     return model, stored_bits / sum(layer.shape[0] * layer.shape[1] for layer in layers)

@@ -123,11 +123,11 @@ class Encoder:
         return self.embeddings(self.load(self.folder))
 
     def calibration(self, seed: int) -> Tensor:
-        """Sentences without doubles, cut to one length."""
+        """Whole sentences of one length, without doubles: where they were cut, their ends would never be seen."""
         asked, draw = self.settings["calibration"], random.Random(seed)
         sentences = sorted(set(self.drawn_from))
         draw.shuffle(sentences)
-        ids = self.tokenizer(sentences, truncation=True, max_length=asked["tokens"])["input_ids"]
+        ids = self.tokenizer(sentences, verbose=False)["input_ids"]
         whole = [row for row in ids if len(row) == asked["tokens"]]
         return torch.tensor(whole[: asked["samples"]])
 

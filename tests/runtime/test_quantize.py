@@ -12,6 +12,7 @@ from tightfit.describe.blocks import blocks_of
 from tightfit.describe.source import describe
 from tightfit.formats.linear import QuantizedLinear, replace
 from tightfit.runtime.build import build
+from tightfit.runtime.calibrate import Walk, advance, first_states
 from tightfit.runtime.quantize import UNFINISHED, Job, quantize
 from tightfit.terms.errors import TightfitError
 from tightfit.terms.plan import Plan
@@ -43,6 +44,41 @@ def test_what_is_written_is_what_rounding_the_live_model_gives(family, saved, tm
     quantize(job(saved(family), "rtn:bits=4"), tmp_path / "out")
     expected = tightfit.apply(loaded(saved(family), family), ["rtn:bits=4"])
     assert torch.equal(logits(loaded(tmp_path / "out", family)), logits(expected))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_walk_feeds_every_block_what_the_whole_model_feeds_it(family, saved):
+    model = loaded(saved(family), family)
+    blocks, seen = blocks_of(model), []
+    for _, block in blocks:
+        block.register_forward_hook(lambda _, args, output: seen.append(output[0] if isinstance(output, tuple) else output))
+    with torch.no_grad():
+        model(input_ids=SAMPLES)
+    expected, walk = list(seen), Walk(model, blocks, SAMPLES, 2, torch.device("cpu"))
+    with torch.no_grad():
+        states, calls = first_states(walk)
+        for (_, block), call, output in zip(blocks, calls, expected, strict=True):
+            advance(walk, block, states, call)
+            assert torch.allclose(states.float(), output.float(), atol=2e-2 if states.dtype == torch.bfloat16 else 1e-5)
+
+
+@pytest.mark.parametrize(("fault", "line"), [("depends", "what depends on the text"), ("twice", "again for one pass"), ("odd", "OddError")])
+def test_models_of_another_build_are_refused_in_one_line(fault, line, saved):
+    model = loaded(saved("llama"), "llama")
+    inner = model.model.forward
+
+    def odd(*args, **kwargs):
+        if fault == "odd":
+            raise type("OddError", (ValueError,), {})("no")
+        if fault == "depends":
+            kwargs["extra"] = kwargs["input_ids"].float()
+        return inner(*args, **kwargs)
+
+    model.model.forward = odd
+    if fault == "twice":
+        model.model.layers[1] = model.model.layers[0]
+    with pytest.raises(TightfitError, match=line), torch.no_grad():
+        first_states(Walk(model, blocks_of(model), SAMPLES, 2, torch.device("cpu")))
 
 
 def by_a_plain_loop(folder, family, technique):

@@ -110,7 +110,8 @@ def test_columns_that_were_never_fed_become_nought():
     hessian = given.hessian.clone()
     hessian[3], hessian[:, 3] = 0.0, 0.0
     settled = settle(given.weight, hessian)
-    assert bool((settled.weight[:, 3] == 0).all()) and settled.hessian[3, 3] == 1 and hessian[3, 3] == 0
+    others = hessian.diagonal()[[at for at in range(16) if at != 3]].mean()
+    assert bool((settled.weight[:, 3] == 0).all()) and settled.hessian[3, 3] == others and hessian[3, 3] == 0
 
 
 def test_a_damping_that_does_not_suffice_is_raised():
@@ -130,7 +131,7 @@ def test_what_is_not_finite_is_refused(side):
         settle(**given)
 
 
-@pytest.mark.parametrize(("rows", "columns"), [(256, 256), (1024, 256), (256, 1024)])
+@pytest.mark.parametrize(("rows", "columns"), [(1024, 1024), (2048, 512), (256, 1024)])
 @pytest.mark.parametrize("technique", [GPTQ(), Lean(), Lean(grid="affine")])
 def test_what_solving_takes_is_foreseen(technique, rows, columns):
     given = layer(rows, columns)
@@ -138,4 +139,4 @@ def test_what_solving_takes_is_foreseen(technique, rows, columns):
         meter.phase = "solve"
         technique.solve(given.weight, given.hessian)
     taken = max(sum(parts.values()) for parts in meter.footprint().phases.values())
-    assert 0.6 * technique.solve_bytes(rows, columns) < taken <= technique.solve_bytes(rows, columns) + 64 * 2**20
+    assert 0.3 * technique.solve_bytes(rows, columns) < taken <= technique.solve_bytes(rows, columns)

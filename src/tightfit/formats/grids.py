@@ -14,7 +14,7 @@ from torch import Tensor
 ROUNDS = 100
 """Of k-means at most; it ends when nothing moves any more."""
 
-_SLICE = 1 << 20
+_SLICE = 1 << 18
 """Weights that are fitted at a time: three running sums in float64 for each."""
 
 
@@ -57,7 +57,7 @@ class TableGrid:
     def refitted(self, codes: Tensor, weight: Tensor, hessian: Tensor) -> "TableGrid":
         """The table `t` solves `(CᵀHC) t = CᵀH w`, where C says which code each column has. A value that no weight has stays."""
         levels, table = self.table.shape[1], self.table.clone()
-        step = max(1, _SLICE * 8 // (hessian.shape[0] * levels))
+        step = max(1, _SLICE * 4 // (hessian.shape[0] * levels))
         for rows in torch.arange(len(codes)).split(step):
             chosen = torch.nn.functional.one_hot(codes[rows].long(), levels).to(hessian.dtype)  # (rows, columns, levels)
             spread = torch.einsum("ij,rjl->ril", hessian, chosen)
@@ -103,7 +103,7 @@ class AffineGrid:
         """The scales of a row together, for zeros as they are: one normal equation a group."""
         steps, groups, scale = self._steps(codes), self.scale.shape[1], self.scale.clone()  # steps: (rows, groups, columns of a group)
         parts = hessian.unflatten(0, (groups, self.group))  # (groups, columns of a group, columns)
-        for rows in torch.arange(len(codes)).split(max(1, _SLICE * 4 // (groups * self.columns))):
+        for rows in torch.arange(len(codes)).split(max(1, _SLICE * 8 // (groups * self.columns))):
             spread = torch.einsum("rgi,gij->rgj", steps[rows], parts)
             products = torch.einsum("rghj,rhj->rgh", spread.unflatten(2, (groups, self.group)), steps[rows])
             aims = torch.einsum("rgj,rj->rg", spread, weight[rows])
@@ -145,8 +145,9 @@ class Ranked:
     def of(cls, rows: Tensor, importance: Tensor | None = None) -> "Ranked":
         """# rows: (rows, n); importance: (n,) or (rows, n), all 1 if None"""
         values, order = rows.float().sort(dim=1)
-        weights = torch.ones_like(values, dtype=torch.float64) if importance is None else _picked(importance, order)
-        wide = values.double()
+        if importance is None:
+            importance = torch.ones_like(values)
+        weights, wide = importance.expand(values.shape).gather(1, order).double(), values.double()
         moments = (weights, weights * wide, weights * wide * wide)
         return cls(values, tuple(torch.nn.functional.pad(moment.cumsum(dim=1), (1, 0)) for moment in moments))  # type: ignore[arg-type]
 
@@ -165,17 +166,13 @@ class Ranked:
         return (aww - 2 * wide * aw + wide * wide * a).sum(dim=1)
 
 
-def _picked(importance: Tensor, order: Tensor) -> Tensor:
-    return (importance[order] if importance.dim() == 1 else importance.gather(1, order)).double()
-
-
 def fit_table(rows: Tensor, bits: int, importance: Tensor | None = None) -> Tensor:
     """The table of each row by weighted k-means (LeanQuant, section 4), begun where dynamic programming over a few bins ends.
 
     The paper starts evenly at 2 and 3 bits and by k-means++ at 4, and ends in local optima: at 4 bits half above the least error.
     # rows (rows, n), importance (n,) → (rows, 2^bits) float32, exact in bfloat16
     """
-    step = max(1, min(_SLICE // rows.shape[1], _SLICE // BINS**2))
+    step = max(1, min(_SLICE // rows.shape[1], 2 * _SLICE // BINS**2))
     return torch.cat([_fit_table(part, 2**bits, importance) for part in rows.split(step)])
 
 

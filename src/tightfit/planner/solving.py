@@ -58,6 +58,12 @@ def plan_solving(
     if not fitting:
         _refuse(skeleton.name, name, found[-1][0], budget)
     predicted, home = fitting[0]
+    on_disk = written + (states if home == "disk" else 0)
+    if on_disk > budget.disk:
+        raise DoesNotFit(
+            f"`{skeleton.name}` quantized with `{name}` writes {show_bytes(on_disk)}; the budget on disk is {show_bytes(budget.disk)}",
+            hint="a larger `--disk`, fewer bits or fewer samples",
+        )
     quantized = sum(_weights(module) for module in layers.values())
     return QuantizePlan(
         skeleton.name, name, settings, text.samples, text.tokens, text.rows, len(layers), home, budget, predicted, written,

@@ -5,19 +5,31 @@ letting them through that block alone. The model's own code says with what each 
 """
 
 import inspect
+import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_origin, get_type_hints
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten
+
+from tightfit.terms.errors import TightfitError
 
 
 class Enough(Exception):
     """The rest of a forward pass is not needed."""
+
+
+@dataclass(frozen=True)
+class Call:
+    """What a block is called with beside its hidden state."""
+
+    args: tuple[Any, ...]
+    kwargs: Mapping[str, Any]
 
 
 @dataclass(frozen=True)
@@ -32,33 +44,74 @@ class Walk:
     file: Path | None = None
 
 
-def first_states(walk: Walk) -> tuple[Tensor, list[dict[str, Any]]]:
+def first_states(walk: Walk) -> tuple[Tensor, list[Call]]:
     """What enters the first block for each sample, and what else each block is called with (masks, positions): alike for all samples.
 
     The model runs with hollow blocks, which hand on what they get and note what came with it.  # → (samples, tokens, d), a call a block
+    Raises `TightfitError` for a model that cannot be walked through so.
     """
-    calls: list[dict[str, Any]] = [{} for _ in walk.blocks]
+    calls: dict[int, Call] = {}
     states: list[Tensor] = []  # one, as soon as its width is known
-    begin = 0
+    begin, seen = 0, set[int]()
 
     def hollow(position: int, *args: Any, **kwargs: Any) -> Any:
         hidden = args[0] if args else kwargs["hidden_states"]
-        calls[position] = {"args": args[1:], "kwargs": {name: value for name, value in kwargs.items() if name != "hidden_states"}}
+        call = Call(args[1:], {name: value for name, value in kwargs.items() if name != "hidden_states" and name not in _CACHES})
+        if position in seen or not _same(calls.setdefault(position, call), call):
+            raise _unlike(walk, "again for one pass" if position in seen else "with what depends on the text")
+        seen.add(position)
         if position == 0:
-            if not states:
-                states.append(_room(walk, hidden))
+            states or states.append(_room(walk, hidden))
             states[0][begin : begin + len(hidden)] = hidden
         if position == len(walk.blocks) - 1:
             raise Enough
-        return hidden if not _returns_tuple(walk.blocks[position][1]) else (hidden, None)
+        return _handed_on(walk.blocks[position][1], hidden)
 
     with ExitStack() as hooks:
         for position, (_, block) in enumerate(walk.blocks):
             hooks.enter_context(_forward_of(block, partial(hollow, position)))
         for begin in range(0, len(walk.samples), walk.rows):  # `hollow` reads `begin`
-            with suppress(Enough):
+            seen.clear()
+            with suppress(Enough), _one_line(walk):
                 walk.model(input_ids=walk.samples[begin : begin + walk.rows].to(walk.device), **_without_cache(walk.model))
-    return states[0], calls
+    if sorted(calls) != list(range(len(walk.blocks))):
+        raise _unlike(walk, "not at all")
+    return states[0], [calls[position] for position in range(len(walk.blocks))]
+
+
+_CACHES = ("past_key_values", "past_key_value", "layer_past", "cache_params")
+"""Arguments that would let a block see what other samples left there."""
+
+
+def _unlike(walk: Walk, how: str) -> TightfitError:
+    return TightfitError(
+        f"`{type(walk.model).__name__}` calls its blocks {how}, so that they cannot be solved one after the other",
+        hint="`--technique rtn` needs no walk through them",
+    )
+
+
+@contextmanager
+def _one_line(walk: Walk) -> Iterator[None]:
+    """Models of another build fail on hollow blocks in their own many ways."""
+    try:
+        yield
+    except (Enough, TightfitError):
+        raise
+    except Exception as error:
+        why = f"{type(error).__name__}: {' '.join(str(error).split())[:120]}"
+        raise TightfitError(
+            f"`{type(walk.model).__name__}` cannot be walked through block by block: {why}",
+            hint="`--technique rtn` needs no walk through the blocks",
+        ) from error
+
+
+def _same(one: Call, other: Call) -> bool:
+    """Whether two batches call a block alike."""
+    mine, its = (tree_flatten((call.args, call.kwargs)) for call in (one, other))
+    return str(mine[1]) == str(its[1]) and all(
+        torch.equal(a, b) if isinstance(a, Tensor) and isinstance(b, Tensor) and a.shape == b.shape else not isinstance(a, Tensor)
+        for a, b in zip(mine[0], its[0], strict=True)
+    )
 
 
 def _room(walk: Walk, hidden: Tensor) -> Tensor:
@@ -66,18 +119,27 @@ def _room(walk: Walk, hidden: Tensor) -> Tensor:
     shape = (len(walk.samples), *hidden.shape[1:])
     if walk.file is None:
         return hidden.new_empty(shape)
-    return torch.from_file(str(walk.file), shared=True, size=torch.Size(shape).numel(), dtype=hidden.dtype).view(shape)
+    count = torch.Size(shape).numel()
+    try:
+        with walk.file.open("wb") as file:
+            os.posix_fallocate(file.fileno(), 0, count * hidden.element_size())  # a full disk is told here, and not by a dead process
+    except OSError as error:
+        raise TightfitError(f"cannot write `{walk.file}`: {error.strerror}", hint="make room, or give fewer samples") from error
+    return torch.from_file(str(walk.file), shared=True, size=count, dtype=hidden.dtype).view(shape)
 
 
 def _without_cache(model: nn.Module) -> dict[str, Any]:
-    """No keys and values are kept, where the model would."""
-    return {"use_cache": False} if "use_cache" in inspect.signature(type(model).forward).parameters else {}
+    """No keys and values are kept, where the model would; some take the wish among others of any name."""
+    parameters = inspect.signature(type(model).forward).parameters.values()
+    return {"use_cache": False} if any(each.name == "use_cache" or each.kind is each.VAR_KEYWORD for each in parameters) else {}
 
 
-def _returns_tuple(block: nn.Module) -> bool:
-    """Whether the class still hands on its hidden state as the first of several, as older ones do."""
-    returns = str(type(block).forward.__annotations__.get("return", ""))
-    return "tuple" in returns.lower() and "|" not in returns
+def _handed_on(block: nn.Module, hidden: Tensor) -> Any:
+    """As the class hands it on: alone, or as the first of several, as older ones do."""
+    returns = get_type_hints(type(block).forward).get("return")
+    if get_origin(returns) is not tuple:
+        return hidden
+    return (hidden, *[None] * (max(2, len(get_args(returns))) - 1))
 
 
 @contextmanager
@@ -93,12 +155,12 @@ def _forward_of(block: nn.Module, forward: Callable[..., Any]) -> Iterator[None]
             block.forward = before
 
 
-def _through(block: nn.Module, hidden: Tensor, call: Mapping[str, Any]) -> Tensor:
-    output = block(hidden, *call["args"], **call["kwargs"])
+def _through(block: nn.Module, hidden: Tensor, call: Call) -> Tensor:
+    output = block(hidden, *call.args, **call.kwargs)
     return output[0] if isinstance(output, tuple) else output
 
 
-def alike(walk: Walk, block: nn.Module, layers: list[str], states: Tensor, call: Mapping[str, Any]) -> list[list[str]]:
+def alike(walk: Walk, block: nn.Module, layers: list[str], states: Tensor, call: Call) -> list[list[str]]:
     """Linear layers that are called with the very same tensor, in the order of their first call."""
     found: dict[int, list[str]] = {}
     kept: list[Tensor] = []  # so that no other tensor takes a freed one's place
@@ -116,7 +178,7 @@ def alike(walk: Walk, block: nn.Module, layers: list[str], states: Tensor, call:
     return [names for names in found.values() if names]
 
 
-def hessian_of(walk: Walk, block: nn.Module, layer: nn.Module, states: Tensor, call: Mapping[str, Any]) -> Tensor:
+def hessian_of(walk: Walk, block: nn.Module, layer: nn.Module, states: Tensor, call: Call) -> Tensor:
     """The mean of `2 x xᵀ` over all tokens that `layer` is fed.  # → (columns, columns) float32"""
     seen = 0
     total: Tensor | None = None
@@ -140,7 +202,7 @@ def hessian_of(walk: Walk, block: nn.Module, layer: nn.Module, states: Tensor, c
     return total.div_(seen)
 
 
-def advance(walk: Walk, block: nn.Module, states: Tensor, call: Mapping[str, Any]) -> None:
+def advance(walk: Walk, block: nn.Module, states: Tensor, call: Call) -> None:
     """Let all samples through the block as it is now, in place."""
     for part in states.split(walk.rows):
         part.copy_(_through(block, part.to(walk.device), call))

@@ -7,10 +7,9 @@ beside the wished one until all of it is there; a run that was stopped goes on a
 import hashlib
 import json
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -23,7 +22,7 @@ from tightfit.formats.experts import QuantizedExperts
 from tightfit.formats.linear import QuantizedLinear, replace
 from tightfit.formats.stored import StoredFormat
 from tightfit.runtime.build import restore_buffers
-from tightfit.runtime.calibrate import Walk, advance, alike, first_states, hessian_of
+from tightfit.runtime.calibrate import Call, Walk, advance, alike, first_states, hessian_of
 from tightfit.runtime.files import copy_companions, read_json, settle, write_json, write_tensors
 from tightfit.runtime.weights import reader
 from tightfit.terms.errors import TightfitError
@@ -76,20 +75,22 @@ class Job:
 def quantize(job: Job, folder: Path, resume: bool = False) -> None:
     """Write the model in few bits to `folder`, which does not exist yet. Raises `TightfitError`; what was done is kept for `resume`."""
     refuse_model(job.skeleton, job.model)
+    folder = folder.resolve()
     work = _begin(job, folder, resume)
     with torch.inference_mode():
         _place_outside(job)
         walk = Walk(job.model, job.blocks, job.samples, job.rows, job.device, work / STATES if job.on_disk else None)
-        states, calls = first_states(walk)
+        states, calls = first_states(walk) if job.technique.needs_inputs() else (None, None)
         for position, (path, block) in enumerate(job.blocks):
             shard = work / _shard(position, len(job.blocks))
             if shard.exists():
                 _fill_from(job, path, block, shard)
             else:
                 _place(job, path, block)
-                _solve_block(job, walk, position, states, calls[position])
+                _solve_block(job, walk, position, states, calls)
                 write_tensors(shard, {f"{path}.{name}": tensor for name, tensor in block.state_dict().items()})
-            advance(walk, block, states, calls[position])
+            if states is not None:
+                advance(walk, block, states, calls[position])
             block.to("meta")
         outside = _outside(job)
     write_tensors(work / _shard(len(job.blocks), len(job.blocks)), outside)
@@ -108,6 +109,8 @@ def refuse_model(skeleton: Skeleton, model: nn.Module) -> None:
             f"`{type(model).__name__}` has {len(block_lists(model))} stacks of blocks; `quantize` walks through one",
             hint="decoders such as Llama and encoders such as BERT have one",
         )
+    if skeleton.live is not None:
+        raise TightfitError("a live model is not quantized to files", hint="save it with `save_pretrained`, and name the folder")
 
 
 def quantized_layers(model: nn.Module) -> list[str]:
@@ -123,6 +126,8 @@ def _begin(job: Job, folder: Path, resume: bool) -> Path:
     note = {"technique": repr(job.technique), "model": digest_of(job.skeleton), "text": _digest(job.samples)}
     if work.exists() and not resume:
         raise TightfitError(f"`{work}` holds a run that was not finished", hint="go on with `--resume`, or remove the folder")
+    if not (work / NOTE).exists() and any(work.glob("*.safetensors")):
+        raise TightfitError(f"`{work}` does not say what it was made with", hint="remove the folder, and begin anew")
     if work.exists() and (work / NOTE).exists():
         found = read_json(work / NOTE)
         other = [name for name in note if found.get(name) != note[name]]
@@ -172,19 +177,23 @@ def _place(job: Job, path: str, block: nn.Module) -> None:
         _owner(block, name)._parameters[name.rpartition(".")[2]] = dense
 
 
-def _solve_block(job: Job, walk: Walk, position: int, states: Tensor, call: Mapping[str, Any]) -> None:
+def _solve_block(job: Job, walk: Walk, position: int, states: Tensor | None, calls: list[Call]) -> None:
     """Layers that are fed alike at once, in the order in which they are called; those after see what those before became."""
     path, block = job.blocks[position]
     inside = _inside(job, path)
     linear = [name for name in inside if isinstance(job.target.get_submodule(f"{path}.{name}"), QuantizedLinear)]
-    for names in alike(walk, block, linear, states, call):
-        wanted = job.technique.needs_inputs()
-        hessian = hessian_of(walk, block, block.get_submodule(names[0]), states, call) if wanted else torch.empty(0)
+    if states is None:
+        groups = [(linear, torch.empty(0))]
+    else:
+        call = calls[position]
+        fed = alike(walk, block, linear, states, call)
+        groups = ((names, hessian_of(walk, block, block.get_submodule(names[0]), states, call)) for names in fed)
+    for names, hessian in groups:
         for name in names:
             _solve(job, path, block, name, hessian)
     for name in inside:
         if not isinstance(block.get_submodule(name), Absorbs):
-            _absorb(job, path, block, name)  # fused experts, and layers that no sample reached
+            _absorb(job, path, block, name)  # fused experts, and layers that the first samples do not reach
 
 
 def _inside(job: Job, path: str) -> list[str]:
@@ -260,9 +269,9 @@ def _finish(job: Job, work: Path, folder: Path) -> None:
     config["architectures"] = [job.skeleton.model_class.__name__]
     write_json(work / "config.json", config)
     copy_companions(job.skeleton.folder, work)
-    for name in (NOTE, STATES):
-        (work / name).unlink(missing_ok=True)
+    (work / STATES).unlink(missing_ok=True)
     if folder.exists():
         folder.rmdir()
     os.replace(work, folder)
     settle(folder.parent)
+    (folder / NOTE).unlink()

@@ -11,9 +11,13 @@ from torch import Tensor
 
 from tightfit.formats.grids import Grid
 from tightfit.terms.errors import TightfitError
+from tightfit.terms.units import MIB
 
 BLOCK = 128
 """Columns whose errors reach the columns after them in one product (GPTQ, section 3)."""
+
+SLICES = 48 * MIB
+"""What `formats/grids.py` holds of the rows that it fits at a time, at most."""
 
 RAISES = 4
 """How often a damping that does not suffice is raised tenfold."""
@@ -72,7 +76,7 @@ def settle(weight: Tensor, hessian: Tensor) -> Layer:
         raise TightfitError("its inputs are not finite", hint="the model overflows in this precision: load it in bfloat16 or float32")
     dead = hessian.diagonal() <= 0
     hessian = hessian.clone()
-    hessian.diagonal()[dead] = 1.0
+    hessian.diagonal()[dead] = hessian.diagonal()[~dead].mean() if not dead.all() else 1.0  # of no weight in any mean
     return Layer(weight.float().masked_fill(dead, 0.0), hessian)
 
 
@@ -141,10 +145,13 @@ def descend(layer: Layer, codes: Tensor, grid: Grid) -> Tensor:
     return codes
 
 
-def solve_bytes(rows: int, columns: int) -> int:
-    """Most bytes that a solver holds beside a layer: matrices of columns² while the Hessian is factored, or of rows · columns later."""
+def solve_bytes(rows: int, columns: int, fits: bool) -> int:
+    """Most bytes that a solver holds beside a layer: matrices of columns² while the Hessian is factored, or of rows · columns later.
+
+    `fits`: grids are fitted, slice by slice, and not just taken from the least weight and the greatest.
+    """
     square, matrix = 4 * columns * columns, 4 * rows * columns
-    return max(6 * square + 2 * matrix, 4 * square + 6 * matrix + matrix // 2)
+    return max(7 * square + 2 * matrix, 4 * square + 6 * matrix + matrix // 2) + (SLICES if fits else 0)
 
 
 def polished(layer: Layer, codes: Tensor, grid: Grid, rounds: int) -> tuple[Tensor, Grid]:

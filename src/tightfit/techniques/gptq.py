@@ -63,7 +63,7 @@ class GPTQ:
         """As every walk over columns."""
         from tightfit.techniques._columns import solve_bytes
 
-        return solve_bytes(rows, columns)
+        return solve_bytes(rows, columns, fits=self.search != "none")
 
     def _check(self) -> None:
         check_bits("gptq", self.bits)

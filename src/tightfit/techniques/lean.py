@@ -6,7 +6,8 @@
 straight from the codes, many are decoded slice by slice.
 *How it works*: `gptq`'s walk over the columns, on values that weighted k-means found in each row before it: a weight's importance is the
 inverse Hessian's diagonal to the power -p, so that values lie where rounding would cost most. After the walk `rounds` times: the best
-table for the codes, in closed form, then one descent over the codes. Neither can raise the layer's output error.
+table for the codes, in closed form, then one descent over the codes. Neither can raise the layer's output
+error, inputs damped.
 *Shapes*: weight (out, in · bits / 8) int8, weight_table (out, 2^bits) bfloat16; with `grid=affine` as `rtn`. hessian (in, in).
 *Relations*: `grid=affine` finds evenly spaced values by a search over ranges, which other programs can load; `gptq` is the same without
 learned values. LoRA and QST tune on top.
@@ -40,7 +41,7 @@ class Lean:
     group: int = 0  # columns that share a scale, for `affine` only; 0 for a whole row, 128 costs 0.19 bits a weight
     power: float = 2.0  # p of the importance; 1 to 4 fit alike, 0 counts all weights the same
     weighting: str = "conditional"  # the inverse Hessian's diagonal given the columns before, as released; or plain, as in the text
-    rounds: int = 4  # turns after the walk; each costs as much as the walk, and gains most at few bits
+    rounds: int = 4  # turns after the walk; each costs one to three walks, at 8 bits far more; gains most at few
     act_order: bool = True  # columns with the largest inputs first; costs nothing when running
     damping: float = 0.1  # share of the mean diagonal that is added to the Hessian; raised tenfold where it is singular
     where: str = ""  # regular expression on parameter paths, "" for all; what it leaves out keeps its full size
@@ -78,7 +79,7 @@ class Lean:
         """As every walk over columns."""
         from tightfit.techniques._columns import solve_bytes
 
-        return solve_bytes(rows, columns)
+        return solve_bytes(rows, columns, fits=True)
 
     def _codec(self) -> Any:
         from tightfit.formats.affine import AffineCodec

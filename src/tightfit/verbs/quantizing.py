@@ -54,8 +54,10 @@ def read_calibration(model: str, text: str, context: int = 0, samples: int = SAM
             f"`{text}` has {len(ids)} tokens, fewer than one sample of {tokens}",
             hint="name a longer text, some ten thousand words of what the model will be used for, or a shorter `--context`",
         )
-    chosen = torch.arange(min(samples, whole)) * whole // min(samples, whole)
-    return ids[: whole * tokens].view(whole, tokens)[chosen]
+    at_once = max(1, _ROWS_TOKENS // tokens)
+    count = min(samples, whole)
+    count -= count % at_once if count > at_once else 0  # so that all parts are full
+    return ids[: whole * tokens].view(whole, tokens)[torch.arange(count) * whole // count]
 
 
 def plan_quantize(
@@ -93,6 +95,11 @@ def quantize(
 
     Raises `TightfitError`, and leaves `output` untouched; `resume` goes on after the last block that was finished.
     """
+    shape = (1, 1) if samples is None else tuple(samples.shape)
+    if planned.samples * planned.tokens > 1 and shape != (planned.samples, planned.tokens):
+        raise TightfitError(
+            f"the plan is for {planned.samples} samples of {planned.tokens} tokens", hint="give those that it was made with"
+        )
     keep_heap_tight()
     skeleton, solver = _described(planned.model), _solver(planned.technique, planned.settings)
     device = torch.device("cuda" if planned.budget.gpu else "cpu")

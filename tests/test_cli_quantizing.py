@@ -138,3 +138,20 @@ def test_nan_weights_are_named(saved, tightfit_says, text, tmp_path):
     said = tightfit_says("quantize", tmp_path / "bad", "-o", tmp_path / "x", "--technique", "rtn", "--ram", "2GiB")
     assert said.code == 1 and "`model.layers.2.mlp.up_proj.weight` holds NaN" in said.err
     assert not (tmp_path / "x").exists()
+
+
+@pytest.mark.parametrize("technique", ["lora:rank=2", "side:reduction=4", "--full"])
+def test_a_quantized_model_is_tuned_beside_and_never_itself(technique, quantized, tightfit_says, tmp_path):
+    assert quantized("--technique", "lean:bits=3,rounds=0").code == 0
+    (tmp_path / "orders.jsonl").write_text('{"prompt": "The sea", "completion": " was calm."}\n' * 4)
+    way = ["--full"] if technique == "--full" else ["--technique", technique]
+    told = ("--ram", "2GiB", "--steps", 2, "--batch", 2, "--json")
+    said = tightfit_says("tune", tmp_path / "small", tmp_path / "orders.jsonl", "-o", tmp_path / "out", *way, *told)
+    if technique == "--full":
+        assert said.code == 1 and "a model in few bits cannot be tuned itself" in said.err
+        return
+    assert said.code == 0, said.err
+    report = json.loads(said.out)
+    assert abs(report["deviation"]) < 0.01 and report["scores"]["steps"] == 2
+    told = ("--prompt", "The sea", "--max-new-tokens", 3, "--ram", "2GiB", "--json")
+    assert tightfit_says("run", tmp_path / "small", "--adapter", tmp_path / "out", *told).code == 0

@@ -61,7 +61,8 @@ def build(plan: Plan, skeleton: Skeleton, progress: Progress = lambda done, whol
             f"the plan places {len(plan.residency)} blocks, and `{skeleton.name}` has {len(blocks_of(model))}",
             hint="plan again: the model changed",
         )
-    model.requires_grad_(plan.workload.task == "tune")
+    for parameter in model.parameters():
+        parameter.requires_grad_(plan.workload.task == "tune" and parameter.is_floating_point())  # codes never learn
     techniques = sorted((catalog.make(*item) for item in plan.techniques.items()), key=lambda technique: technique.stage)
     for technique in techniques:
         technique.apply(model)

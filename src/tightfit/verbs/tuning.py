@@ -115,9 +115,10 @@ def plan_tuning(
 def _refuse_unsavable(skeleton: Skeleton, techniques: Mapping[str, Any]) -> None:
     """Said before the work: what tunes the model itself must be able to write it."""
     quantized = [name for name in techniques if catalog.technique(name).stage == Stage.QUANTIZE]
-    if quantized:
+    if quantized or skeleton.stored:
+        few = f"`{quantized[0]}`" if quantized else "few bits"
         raise TightfitError(
-            f"a model in `{quantized[0]}` cannot be tuned itself: rounded weights have no gradients",
+            f"a model in {few} cannot be tuned itself: rounded weights have no gradients",
             hint="leave out `--full`, so that an adapter is tuned beside it",
         )
     refuse_unsavable(skeleton.meta_model())

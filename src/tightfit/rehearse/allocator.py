@@ -3,6 +3,7 @@
 It knows nothing of tensors or kinds, so it is an independent witness; it costs time and memory, so only tests and benchmarks use it.
 """
 
+import gc
 from collections.abc import Callable
 
 from torch.profiler import ProfilerActivity, profile
@@ -10,6 +11,7 @@ from torch.profiler import ProfilerActivity, profile
 
 def allocator_peak(work: Callable[[], object]) -> int:
     """Bytes at the highest moment of `work`, beyond what was allocated before it."""
+    gc.collect()  # the profiler remembers earlier records: cycles left by them, freed during `work`, would count against it
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as record:
         kept = work()  # until the records are closed, so that nothing is freed twice
     del kept

@@ -80,13 +80,13 @@ def measure(model: nn.Module, batch: dict[str, Any], workload: Workload, hooks: 
 
 def _generate(model: nn.Module, batch: dict[str, Any], workload: Workload, meter: Meter) -> None:
     """The two phases of generation: the whole prompt, then one token against a full cache."""
-    with torch.no_grad():
+    with torch.no_grad(), ExitStack() as hooks:
         cache, inputs, tokens = steps.new_cache(model), {}, batch["input_ids"]
         if model.config.is_encoder_decoder:
             meter.enter("encoder")
             inputs = {"encoder_outputs": model.get_encoder()(input_ids=tokens)}
             tokens = tokens[:, :1].clone()
-        _watch_cache(cache, meter)
+        _watch_cache(cache, meter, hooks)
         meter.enter("prefill")
         token = steps.prefill(model, tokens, cache, **inputs)
         if workload.new_tokens > 1:
@@ -124,7 +124,7 @@ def _embed(model: nn.Module, batch: dict[str, Any], workload: Workload, meter: M
         steps.embed(model, batch)
 
 
-def _watch_cache(cache: Any, meter: Meter) -> None:
+def _watch_cache(cache: Any, meter: Meter, hooks: ExitStack) -> None:
     """Tag what the cache keeps as `kv_cache`, right after each layer was updated."""
     update = cache.update
 
@@ -134,9 +134,10 @@ def _watch_cache(cache: Any, meter: Meter) -> None:
         return result
 
     cache.update = watched
+    hooks.callback(vars(cache).pop, "update")  # which the cache otherwise holds as it holds the cache: it would outlive the run
     for part in ("self_attention_cache", "cross_attention_cache"):
         if part in vars(cache):
-            _watch_cache(getattr(cache, part), meter)
+            _watch_cache(getattr(cache, part), meter, hooks)
 
 
 def _cache_tensors(cache: Any) -> Iterable[Any]:

@@ -54,10 +54,10 @@ def test_after_the_import_plain_transformers_loads_it(quantized, tmp_path):
         "from transformers import AutoModelForCausalLM, AutoTokenizer\n"
         f"model = AutoModelForCausalLM.from_pretrained({str(tmp_path / 'small')!r})\n"
         f"words = AutoTokenizer.from_pretrained({str(tmp_path / 'small')!r})('The sea', return_tensors='pt')\n"
-        "print(type(model.model.layers[0].mlp.up_proj).__name__, model.generate(**words, max_new_tokens=3).shape[1])\n"
+        "print(type(model.model.layers[0].mlp.up_proj.codec).__name__, model.generate(**words, max_new_tokens=3).shape[1])\n"
     )
     said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert said.stdout.split()[0] == "TableLinear"
+    assert said.stdout.split()[0] == "TableCodec"
 
 
 def test_the_plan_is_told_and_nothing_is_written(quantized, tmp_path):
@@ -66,6 +66,22 @@ def test_the_plan_is_told_and_nothing_is_written(quantized, tmp_path):
     assert (plan["technique"], plan["layers"], plan["states_on"]) == ("gptq", 84, "ram")
     assert plan["bits_per_weight"] == pytest.approx(4 + 24 / 64)
     assert not (tmp_path / "small").exists()
+
+
+def test_the_model_is_described_once_for_the_plan_and_fetched_for_the_work(quantized, monkeypatch):
+    from tightfit.describe import source
+    from tightfit.verbs import quantizing
+
+    fetched, describe = [], source.describe
+
+    def counted(model, task="generate", random_weights=False, fetch=True):
+        fetched.append(fetch)
+        return describe(model, task, random_weights, fetch)
+
+    monkeypatch.setattr(source, "describe", counted)
+    monkeypatch.setattr(quantizing, "describe", counted)
+    assert quantized("--technique", "rtn").code == 0
+    assert fetched == [False, True]
 
 
 def test_states_go_to_the_disk_where_ram_is_short(text, tightfit_says):

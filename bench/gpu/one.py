@@ -16,8 +16,9 @@ import tightfit
 from tightfit import catalog
 from tightfit.describe.source import describe
 from tightfit.rehearse.fake import inputs_for, materialize
-from tightfit.runtime.build import build, restore_buffers
+from tightfit.runtime.build import build
 from tightfit.runtime.generate import Sampling, generate
+from tightfit.runtime.placing import restore_buffers
 from tightfit.runtime.process import keep_heap_tight, keep_quiet, resident
 from tightfit.runtime.tokens import Prompt
 from tightfit.runtime.weights import reader

@@ -6,7 +6,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from tightfit.formats import codec as codecs
 from tightfit.formats.codec import SLICED, as_if_on
-from tightfit.formats.int8 import KERNEL_TOKENS, Int8Codec, Int8Linear, bfloat16_above, int8pack_bytes
+from tightfit.formats.int8 import KERNEL_TOKENS, Int8Codec, bfloat16_above, int8pack_bytes
+from tightfit.formats.linear import QuantizedLinear
 from tightfit.rehearse.meter import Meter
 
 CODEC = Int8Codec()
@@ -121,7 +122,7 @@ def test_the_cuda_kernel_in_float16_needs_the_bytes_that_it_says() -> None:
 
 
 def test_bytes_on_meta_are_eight_bits_a_weight_and_two_bytes_a_row() -> None:
-    layer = Int8Linear(4096, 1024, bias=False)
+    layer = QuantizedLinear(4096, 1024, CODEC, bias=False)
     assert all(tensor.is_meta for tensor in layer.stored)
     assert sum(tensor.nbytes for tensor in layer.stored) == 4096 * 1024 + 2 * 1024
 
@@ -130,7 +131,7 @@ def test_bytes_on_meta_are_eight_bits_a_weight_and_two_bytes_a_row() -> None:
 @pytest.mark.parametrize(("rows", "columns"), [(64, 64), (33, 80), (33, 70), (1, 3)])
 def test_kernel_and_slices_agree(tokens, rows, columns) -> None:
     torch.manual_seed(0)
-    layer = Int8Linear(columns, rows, bias=False, dtype=torch.bfloat16)
+    layer = QuantizedLinear(columns, rows, CODEC, bias=False, dtype=torch.bfloat16)
     layer.absorb("weight", torch.randn(rows, columns, dtype=torch.bfloat16))
     x = torch.randn(tokens, columns, dtype=torch.bfloat16)
     expected = x.double() @ layer.dequantize(torch.float64).t()
@@ -163,7 +164,7 @@ def test_kernels_are_named_by_device_dtype_and_tokens() -> None:
 
 
 def test_no_tokens_give_no_rows() -> None:
-    layer = Int8Linear(8, 4, dtype=torch.bfloat16)
+    layer = QuantizedLinear(8, 4, CODEC, dtype=torch.bfloat16)
     layer.absorb("weight", torch.randn(4, 8))
     assert layer(torch.empty(2, 0, 8, dtype=torch.bfloat16)).shape == (2, 0, 4)
 

@@ -12,18 +12,19 @@ from torch.utils.checkpoint import checkpoint
 from tightfit.contracts import Absorbs
 from tightfit.formats import codec as codecs
 from tightfit.formats.image import bind, copy_into, image_of
-from tightfit.formats.int8 import Int8Linear
+from tightfit.formats.int8 import Int8Codec
 from tightfit.formats.linear import QuantizedLinear, swap_linears
-from tightfit.formats.nf4 import NF4Linear
+from tightfit.formats.nf4 import NF4Codec
 from tightfit.rehearse.fake import empty_like_on_cpu, materialize
 from tightfit.terms.errors import TightfitError
 
-MAKERS = {
-    "int8": Int8Linear,
-    "nf4": NF4Linear,
-    "nf4 single": partial(NF4Linear, double_quantization=False),
-    "nf4 packed": partial(NF4Linear, layout="packed"),
+CODECS = {
+    "int8": Int8Codec(),
+    "nf4": NF4Codec(),
+    "nf4 single": NF4Codec(double_quantization=False),
+    "nf4 packed": NF4Codec("packed"),
 }
+MAKERS = {name: partial(QuantizedLinear, codec=codec) for name, codec in CODECS.items()}
 IN, OUT = 128, 96
 NEAR = {"int8": 0.02, "nf4": 0.2, "nf4 single": 0.2, "nf4 packed": 0.2}
 every_format = pytest.mark.parametrize("name", MAKERS)
@@ -244,8 +245,8 @@ class Block(nn.Module):
         self.again.weight = self.tied.weight
 
 
-def swap(model: nn.Module, make=Int8Linear, **settings) -> list[str]:
-    return swap_linears(model, [(f"layers.{index}", block) for index, block in enumerate(model["layers"])], make, **settings)
+def swap(model: nn.Module, **settings) -> list[str]:
+    return swap_linears(model, [(f"layers.{index}", block) for index, block in enumerate(model["layers"])], Int8Codec(), **settings)
 
 
 def test_swap_takes_plain_linear_layers_and_leaves_the_rest() -> None:

@@ -8,7 +8,8 @@ import torch
 
 from tightfit.formats import nf4
 from tightfit.formats.codec import SLICED
-from tightfit.formats.nf4 import NF4Codec, NF4Linear
+from tightfit.formats.linear import QuantizedLinear
+from tightfit.formats.nf4 import NF4Codec
 
 QUANTILES = [
     -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635, -0.18477343022823334,
@@ -87,7 +88,7 @@ def test_packed_is_the_order_of_the_fused_kernel() -> None:
 @pytest.mark.parametrize("tokens", [1, 5, nf4.PACKED_TOKENS])
 def test_the_fused_kernel_multiplies_with_the_decoded_weight(dtype, tokens) -> None:
     torch.manual_seed(0)
-    layer = NF4Linear(256, 96, bias=False, dtype=dtype, layout="packed")
+    layer = QuantizedLinear(256, 96, NF4Codec("packed"), bias=False, dtype=dtype)
     layer.absorb("weight", torch.randn(96, 256))
     x = torch.randn(tokens, 256).to(dtype)
     assert layer.codec.kernel("cpu", dtype, tokens, layer.shape) == "gemv_4bit"
@@ -98,7 +99,7 @@ def test_the_fused_kernel_multiplies_with_the_decoded_weight(dtype, tokens) -> N
 
 def test_bits_per_weight() -> None:
     def bits(**settings) -> float:
-        return sum(tensor.nbytes for tensor in NF4Linear(4096, 4096, bias=False, **settings).stored) * 8 / 4096**2
+        return sum(tensor.nbytes for tensor in QuantizedLinear(4096, 4096, NF4Codec(**settings), bias=False).stored) * 8 / 4096**2
 
     assert bits() == pytest.approx(4 + 8 / 64 + 32 / (64 * 256), abs=1e-3)
     assert bits(double_quantization=False) == 4.5
@@ -127,7 +128,7 @@ def test_kernels_are_named() -> None:
 def test_the_arguments_of_the_cuda_kernel() -> None:
     """On a CPU `gemm_4bit` decodes and multiplies, so what it is handed can be checked without a GPU."""
     for double_quantization in (True, False):
-        layer = NF4Linear(128, 64, bias=False, double_quantization=double_quantization)
+        layer = QuantizedLinear(128, 64, NF4Codec("standard", double_quantization), bias=False)
         layer.absorb("weight", torch.randn(64, 128))
         x = torch.randn(3, 128)
         torch.testing.assert_close(layer.codec.kernel_product(x, layer.stored, layer.shape), x @ layer.dequantize().t())
@@ -135,14 +136,14 @@ def test_the_arguments_of_the_cuda_kernel() -> None:
 
 @pytest.mark.parametrize("layout", ["standard", "packed"])
 def test_blocks_of_zeros_stay_zero(layout) -> None:
-    layer = NF4Linear(128, 32, bias=False, layout=layout)
+    layer = QuantizedLinear(128, 32, NF4Codec(layout), bias=False)
     layer.absorb("weight", torch.zeros(32, 128))
     assert torch.equal(layer.dequantize(), torch.zeros(32, 128))
     assert torch.equal(layer(torch.ones(1, 128)), torch.zeros(1, 32))
 
 
 def test_float64_is_decoded_too() -> None:
-    layer = NF4Linear(64, 32, bias=False, dtype=torch.float64)
+    layer = QuantizedLinear(64, 32, NF4Codec(), bias=False, dtype=torch.float64)
     layer.absorb("weight", torch.randn(32, 64, dtype=torch.float64))
     assert torch.equal(layer.dequantize(torch.float64), layer.dequantize(torch.float32).double())
     assert layer(torch.randn(2, 64, dtype=torch.float64)).dtype == torch.float64

@@ -13,8 +13,9 @@ from tightfit.formats import codec as codecs
 from tightfit.formats import experts as experts_room
 from tightfit.formats.codec import as_if_on
 from tightfit.formats.experts import QuantizedExperts, backward_experts, forward_experts
-from tightfit.formats.int8 import Int8Codec, Int8Linear, int8pack_bytes
-from tightfit.formats.nf4 import NF4Codec, NF4Linear
+from tightfit.formats.int8 import Int8Codec, int8pack_bytes
+from tightfit.formats.linear import QuantizedLinear
+from tightfit.formats.nf4 import NF4Codec
 from tightfit.formats.workspace import TOUCHED, experts_bytes
 from tightfit.rehearse.fake import empty_like_on_cpu, materialize
 from tightfit.rehearse.meter import Meter
@@ -99,11 +100,11 @@ def test_experts_that_no_token_chooses_are_not_touched() -> None:
     assert touched == stored // EXPERTS + hidden.nbytes + weights.nbytes + 8
 
 
-@pytest.mark.parametrize("make", [Int8Linear, NF4Linear, lambda *sizes, **rest: NF4Linear(*sizes, layout="packed", **rest)])
+@pytest.mark.parametrize("codec", [Int8Codec(), NF4Codec(), NF4Codec("packed")])
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
 @pytest.mark.parametrize("tokens", [2, 400])
-def test_every_kernel_counts_its_operations(make, device, tokens) -> None:
-    layer = nn.Sequential(make(128, 64, bias=False, dtype=torch.bfloat16))
+def test_every_kernel_counts_its_operations(codec, device, tokens) -> None:
+    layer = nn.Sequential(QuantizedLinear(128, 64, codec, bias=False, dtype=torch.bfloat16))
     with FakeTensorMode(), as_if_on(device), FlopCounterMode(display=False) as counter:
         materialize(layer, empty_like_on_cpu)
         layer(torch.empty(tokens, 128, dtype=torch.bfloat16))
@@ -111,7 +112,7 @@ def test_every_kernel_counts_its_operations(make, device, tokens) -> None:
 
 
 def test_copies_inside_the_cuda_kernel_are_workspace() -> None:
-    layer = nn.Sequential(Int8Linear(128, 64, bias=False, dtype=torch.bfloat16))
+    layer = nn.Sequential(QuantizedLinear(128, 64, Int8Codec(), bias=False, dtype=torch.bfloat16))
     with FakeTensorMode(), as_if_on("cuda"):
         materialize(layer, empty_like_on_cpu)
         meter = Meter()

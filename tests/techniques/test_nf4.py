@@ -8,7 +8,8 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from tightfit.formats.nf4 import NF4Linear, has_packed_kernel
+from tightfit.formats.linear import QuantizedLinear
+from tightfit.formats.nf4 import NF4Codec, has_packed_kernel
 from tightfit.techniques.nf4 import NF4
 from tightfit.terms.errors import TightfitError
 
@@ -31,7 +32,7 @@ def llama(width: int = 64) -> LlamaForCausalLM:
 def test_settings_decide_the_layout_and_the_bits(technique, layout, bits) -> None:
     model = llama(2048)
     technique.apply(model)
-    layers = [module for module in model.modules() if isinstance(module, NF4Linear)]
+    layers = [module for module in model.modules() if isinstance(module, QuantizedLinear)]
     assert len(layers) == 7 and {layer.codec.layout for layer in layers} == {layout}
     stored = sum(tensor.nbytes for layer in layers for tensor in layer.stored)
     assert stored * 8 / sum(layer.in_features * layer.out_features for layer in layers) == pytest.approx(bits, abs=0.005)
@@ -43,7 +44,7 @@ def test_automatic_layout(kernel, gpu, expected, monkeypatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
     model = llama()
     NF4().apply(model)
-    assert {module.codec.layout for module in model.modules() if isinstance(module, NF4Linear)} == {expected}
+    assert {module.codec.layout for module in model.modules() if isinstance(module, QuantizedLinear)} == {expected}
 
 
 def test_an_unknown_layout_is_refused() -> None:
@@ -60,8 +61,8 @@ assert "bitsandbytes" not in sys.modules
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 with torch.device("meta"), FakeTensorMode():
-    import tightfit.formats.nf4
-layer = tightfit.formats.nf4.NF4Linear(64, 32)
+    import tightfit.formats.linear, tightfit.formats.nf4
+layer = tightfit.formats.linear.QuantizedLinear(64, 32, tightfit.formats.nf4.NF4Codec())
 layer.absorb("weight", torch.eye(32, 64))
 assert torch.equal(layer.dequantize(), torch.eye(32, 64))
 """
@@ -72,5 +73,5 @@ assert torch.equal(layer.dequantize(), torch.eye(32, 64))
 
 
 def test_the_kernel_is_named_where_there_is_one() -> None:
-    layer = NF4Linear(64, 32, layout="packed").to_empty(device="cpu")
+    layer = QuantizedLinear(64, 32, NF4Codec("packed")).to_empty(device="cpu")
     assert layer.path == ("gemv_4bit" if has_packed_kernel() else "sliced", "sliced")

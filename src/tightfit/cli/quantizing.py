@@ -38,13 +38,15 @@ def quantize_command(
     refuse_unwritable(save_report)
     quiet()
     from tightfit import catalog
+    from tightfit.describe.source import describe
     from tightfit.verbs import quantizing as verbs
 
     name, settings = catalog.parse(technique)
     settings |= {"bits": bits} if bits else {}
     with talk.status(f"rehearsing {escape(model)}"):
-        calibration = verbs.read_calibration(model, text, context, samples) if text else None
-        planned = verbs.plan_quantize(model, calibration, name, settings, Budget.parse(gpu, ram, disk))
+        skeleton = describe(model, "embed", fetch=False)
+        calibration = verbs.read_calibration(skeleton, text, context, samples) if text else None
+        planned = verbs.plan_quantize(skeleton, calibration, name, settings, Budget.parse(gpu, ram, disk))
     if plan_only:
         emit(planned.to_json(), as_json) or _show_plan(planned, out)
         return
@@ -78,7 +80,7 @@ def _tell(report: QuantizeReport) -> None:
     plan = report.plan
     out.print(
         f"{escape(report.output)}: {show_bytes(plan.output_bytes)}, {plan.bits_per_weight:.2f} bits a weight in {plan.layers} layers, "
-        f"in {show_seconds(report.seconds)} ({report.weights / report.seconds / 1e6:.2f} million weights a second)"
+        f"in {show_seconds(report.seconds)} ({plan.weights / report.seconds / 1e6:.2f} million weights a second)"
     )
     out.print(f"process {show_bytes(report.peak_bytes)} at the peak; planned {show_bytes(plan.predicted_bytes)}")
     for warning in report.warnings:

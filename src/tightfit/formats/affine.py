@@ -1,4 +1,4 @@
-"""Affine: two to eight bits per weight on evenly spaced values, for rows or groups of columns. The codec, and the linear layer in it."""
+"""Affine: two to eight bits per weight on evenly spaced values, for rows or groups of columns."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -8,13 +8,9 @@ from torch import Tensor
 
 from tightfit.formats.codec import SLICED, Codec, Part, Shape, check_finite
 from tightfit.formats.grids import AffineGrid, range_grid
-from tightfit.formats.kernels import KERNEL_TOKENS, affine_decode, affine_decode_bytes, affine_product, has_kernel, padded_bytes
-from tightfit.formats.linear import QuantizedLinear
+from tightfit.formats.kernels import affine_decode, affine_decode_bytes, affine_product, has_product, padded_bytes
 from tightfit.formats.packing import pack, packed_bytes
 from tightfit.terms.errors import TightfitError
-
-KERNEL_BITS = (2, 3, 4)
-"""Codes whose values fit into one register."""
 
 GROUP_STEP = 32
 """A group is a multiple of so many columns: what a kernel reads at once."""
@@ -65,18 +61,13 @@ class AffineCodec(Codec):
         codes, scale, zero = (tensor[start:stop] for tensor in tensors)
         return affine_decode(codes, scale, zero, shape[1], dtype)
 
-    def row_step(self, shape: Shape) -> int:
-        """Rows are independent."""
-        return 1
-
     def decode_bytes(self, shape: Shape, rows: int, dtype: torch.dtype) -> int:
         """Dense rows, and what the way of decoding takes beside them."""
         return rows * shape[1] * dtype.itemsize + affine_decode_bytes(rows, shape[1], self.bits, dtype)
 
     def kernel(self, device: str, dtype: torch.dtype, tokens: int, shape: Shape) -> str:
         """One product for few tokens where this machine has it."""
-        fits = self.bits in KERNEL_BITS and 0 < tokens <= KERNEL_TOKENS[device] and has_kernel(device, dtype)
-        return "affine_product" if fits else SLICED
+        return "affine_product" if has_product(self.bits, device, dtype, tokens) else SLICED
 
     def kernel_product(self, x: Tensor, tensors: Sequence[Tensor], shape: Shape) -> Tensor:
         """Values are made in a register and never rest anywhere."""
@@ -85,20 +76,3 @@ class AffineCodec(Codec):
     def kernel_bytes(self, device: str, dtype: torch.dtype, tokens: int, shape: Shape) -> int:
         """The input, padded to whole chunks."""
         return padded_bytes(tokens, shape[1], dtype)
-
-
-class AffineLinear(QuantizedLinear):
-    """A linear layer whose weight rests in `AffineCodec`."""
-
-    def __init__(
-        self,
-        in_features: int,
-        out_features: int,
-        bias: bool = True,
-        transposed: bool = False,
-        dtype: torch.dtype = torch.float32,
-        bits: int = 4,
-        group: int = 0,
-    ) -> None:
-        codec = AffineCodec(bits, group)
-        super().__init__(in_features, out_features, codec, bias=bias, transposed=transposed, dtype=dtype)

@@ -80,9 +80,9 @@ class Codec(ABC):
     def decode(self, tensors: Sequence[Tensor], shape: Shape, start: int, stop: int, dtype: torch.dtype) -> Tensor:
         """Rows `start:stop` as a fresh dense tensor of `dtype`; `start` is a multiple of `row_step`, `stop` too or the last row."""
 
-    @abstractmethod
     def row_step(self, shape: Shape) -> int:
-        """Rows that can only be decoded together."""
+        """Rows that can only be decoded together: each by itself, unless a codec says otherwise."""
+        return 1
 
     @abstractmethod
     def decode_bytes(self, shape: Shape, rows: int, dtype: torch.dtype) -> int:

@@ -1,4 +1,4 @@
-"""Int8: eight bits per weight and one scale per output row, symmetric. The codec, and the linear layer that rests in it."""
+"""Int8: eight bits per weight and one scale per output row, symmetric."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -7,7 +7,6 @@ import torch
 from torch import Tensor
 
 from tightfit.formats.codec import SLICED, Codec, Part, Shape, check_finite, is_aligned, row_slices
-from tightfit.formats.linear import QuantizedLinear
 from tightfit.terms.units import MIB
 
 LARGEST_CODE = 127
@@ -58,10 +57,6 @@ class Int8Codec(Codec):
         work = _working(dtype)
         return codes[start:stop].to(work).mul_(scale[start:stop, None].to(work)).to(dtype)
 
-    def row_step(self, shape: Shape) -> int:
-        """Rows are independent."""
-        return 1
-
     def decode_bytes(self, shape: Shape, rows: int, dtype: torch.dtype) -> int:
         """The rows, and their scales in `dtype`; for float16 the rows in float32 too."""
         work = _working(dtype)
@@ -101,17 +96,3 @@ def _working(dtype: torch.dtype) -> torch.dtype:
 def bfloat16_above(values: Tensor) -> Tensor:
     """The least bfloat16 that is not below each positive float32 value."""
     return ((values.view(torch.int32) + 0xFFFF) >> 16).to(torch.int16).view(torch.bfloat16)
-
-
-class Int8Linear(QuantizedLinear):
-    """A linear layer whose weight rests in `Int8Codec`: 8 bits per weight and 16 per output row."""
-
-    def __init__(
-        self,
-        in_features: int,
-        out_features: int,
-        bias: bool = True,
-        transposed: bool = False,
-        dtype: torch.dtype = torch.float32,
-    ) -> None:
-        super().__init__(in_features, out_features, Int8Codec(), bias=bias, transposed=transposed, dtype=dtype)

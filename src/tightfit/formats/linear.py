@@ -25,13 +25,22 @@ reads its weight's dtype."""
 
 
 class QuantizedLinear(nn.Module):
-    """A linear layer with a frozen, encoded weight. Abstract: a final class per format only chooses the codec.
+    """A linear layer with a frozen weight, which rests in `codec`.
 
     Made on `meta`; `absorb` fills it. Parameter paths are those of the dense layer: `weight` (codes), `weight_…`, `bias`.
     `transposed`: the checkpoint stores the weight (in, out), as GPT-2's `Conv1D` does. `dtype`: of the dense weight and the bias.
     """
 
-    def __init__(self, in_features: int, out_features: int, codec: Codec, *, bias: bool, transposed: bool, dtype: torch.dtype) -> None:
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        codec: Codec,
+        *,
+        bias: bool = True,
+        transposed: bool = False,
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
         super().__init__()
         self.in_features = in_features
         self.out_features = out_features
@@ -136,14 +145,14 @@ class FrozenProduct(torch.autograd.Function):
 def swap_linears(
     model: nn.Module,
     roots: Iterable[tuple[str, nn.Module]],
-    make: Callable[..., QuantizedLinear],
+    codec: Codec,
     where: str = "",
     skip: Callable[[str], bool] = lambda path: ROUTERS.search(path) is not None,
 ) -> list[str]:
     """Replace the linear layers inside `roots` (path and module, such as the model's blocks), and return the paths of those replaced.
 
-    `make(in_features, out_features, bias=…, transposed=…, dtype=…)` builds a layer. `where` is a regular expression that is searched
-    in the path of the weight; `skip(path inside the root)` keeps a layer. Tied layers stay. Real weights are absorbed at once.
+    `where` is a regular expression that is searched in the path of the weight; `skip(path inside the root)` keeps a layer. Tied layers
+    stay. Real weights are absorbed at once.
     """
     owners = Counter(id(parameter) for _, parameter in model.named_parameters(remove_duplicate=False))
     replaced = []
@@ -152,7 +161,7 @@ def swap_linears(
             kind = (type(linear).__module__, type(linear).__name__)
             if kind not in LINEARS or owners[id(linear.weight)] > 1 or skip(path) or not re.search(where, f"{root}.{path}.weight"):
                 continue
-            replace(block, path, _quantized(linear, make, transposed=LINEARS[kind]))
+            replace(block, path, _quantized(linear, codec, transposed=LINEARS[kind]))
             replaced.append(f"{root}.{path}")
     return replaced
 
@@ -163,10 +172,10 @@ def replace(block: nn.Module, path: str, module: nn.Module) -> None:
     setattr(block.get_submodule(parent), name, module)
 
 
-def _quantized(linear: nn.Module, make: Callable[..., QuantizedLinear], transposed: bool) -> QuantizedLinear:
+def _quantized(linear: nn.Module, codec: Codec, transposed: bool) -> QuantizedLinear:
     weight, bias = linear.weight, linear.bias
-    sizes: Sequence[int] = weight.shape if transposed else weight.shape[::-1]
-    layer = make(*sizes, bias=bias is not None, transposed=transposed, dtype=weight.dtype)
+    columns, rows = weight.shape if transposed else weight.shape[::-1]
+    layer = QuantizedLinear(columns, rows, codec, bias=bias is not None, transposed=transposed, dtype=weight.dtype)
     layer.train(linear.training)
     if bias is not None:
         layer.bias.requires_grad_(bias.requires_grad)

@@ -1,4 +1,4 @@
-"""NF4: four bits per weight on the quantiles of a normal distribution, a scale for every 64. The codec, and the linear layer in it."""
+"""NF4: four bits per weight on the quantiles of a normal distribution, a scale for every 64."""
 
 import logging
 import math
@@ -13,7 +13,6 @@ from torch._subclasses.fake_tensor import unset_fake_temporarily
 from torch.utils.flop_counter import register_flop_formula
 
 from tightfit.formats.codec import SLICED, Codec, Part, Shape, check_finite, row_slices
-from tightfit.formats.linear import QuantizedLinear
 from tightfit.terms.units import MIB
 
 logging.getLogger("bitsandbytes.backends.cpu.ops").addFilter(lambda record: "gemm_4bit_forward" not in str(record.msg))
@@ -233,23 +232,6 @@ def _unpack(packed: Tensor, columns: int) -> Tensor:
     codes[:, 0] = (pairs & 0x0F).bitwise_left_shift_(4).bitwise_or_((pairs >> 8).bitwise_and_(0x0F))
     codes[:, 1] = (pairs & 0xF0).bitwise_or_((pairs >> 12).bitwise_and_(0x0F))
     return codes.view(-1)
-
-
-class NF4Linear(QuantizedLinear):
-    """A linear layer whose weight rests in `NF4Codec`: 4.127 bits per weight, or 4.25 packed."""
-
-    def __init__(
-        self,
-        in_features: int,
-        out_features: int,
-        bias: bool = True,
-        transposed: bool = False,
-        dtype: torch.dtype = torch.float32,
-        layout: Layout = "standard",
-        double_quantization: bool = True,
-    ) -> None:
-        codec = NF4Codec(layout, double_quantization)
-        super().__init__(in_features, out_features, codec, bias=bias, transposed=transposed, dtype=dtype)
 
 
 def _four_bit_flops(x: Tensor, codes: Tensor, shape: Shape, *args: Any, **kwargs: Any) -> int:

@@ -2,17 +2,16 @@
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from functools import partial
 from typing import Any, Literal
 
 from torch import nn
 
-from tightfit.formats.affine import AffineCodec, AffineLinear
+from tightfit.formats.affine import AffineCodec
 from tightfit.formats.codec import Codec
 from tightfit.formats.experts import QuantizedExperts
 from tightfit.formats.linear import LINEARS, QuantizedLinear, replace
 from tightfit.formats.packing import BITS
-from tightfit.formats.table import TableCodec, TableLinear
+from tightfit.formats.table import TableCodec
 from tightfit.terms.errors import TightfitError
 from tightfit.terms.quantizing import METHOD
 from tightfit.terms.restore import restore
@@ -76,6 +75,6 @@ class StoredFormat:
         if kind not in LINEARS:
             return QuantizedExperts(dense, self.codec)
         transposed = LINEARS[kind]
-        sizes = dense.weight.shape if transposed else dense.weight.shape[::-1]
-        make = partial(TableLinear, bits=self.bits) if self.format == "table" else partial(AffineLinear, bits=self.bits, group=self.group)
-        return make(*sizes, bias=dense.bias is not None, transposed=transposed, dtype=dense.weight.dtype).train(dense.training)
+        columns, rows = dense.weight.shape if transposed else dense.weight.shape[::-1]
+        bias, dtype = dense.bias is not None, dense.weight.dtype
+        return QuantizedLinear(columns, rows, self.codec, bias=bias, transposed=transposed, dtype=dtype).train(dense.training)

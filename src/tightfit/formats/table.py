@@ -1,4 +1,4 @@
-"""Table: two to eight bits per weight on values of each row's own choice. The codec, and the linear layer that rests in it."""
+"""Table: two to eight bits per weight on values of each row's own choice."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -8,12 +8,8 @@ from torch import Tensor
 
 from tightfit.formats.codec import SLICED, Codec, Part, Shape, check_finite
 from tightfit.formats.grids import TableGrid, fit_table
-from tightfit.formats.kernels import KERNEL_TOKENS, has_kernel, padded_bytes, table_decode, table_decode_bytes, table_product
-from tightfit.formats.linear import QuantizedLinear
+from tightfit.formats.kernels import has_product, padded_bytes, table_decode, table_decode_bytes, table_product
 from tightfit.formats.packing import pack, packed_bytes
-
-KERNEL_BITS = (2, 3, 4)
-"""Tables that fit into one register."""
 
 _ENCODE_ROWS = 1 << 18
 """Weights whose codes are looked up at a time."""
@@ -44,18 +40,13 @@ class TableCodec(Codec):
         """Look each code up."""
         return table_decode(tensors[0][start:stop], tensors[1][start:stop], shape[1], dtype)
 
-    def row_step(self, shape: Shape) -> int:
-        """Rows are independent."""
-        return 1
-
     def decode_bytes(self, shape: Shape, rows: int, dtype: torch.dtype) -> int:
         """Dense rows, and what the way of decoding takes beside them."""
         return rows * shape[1] * dtype.itemsize + table_decode_bytes(rows, shape[1], self.bits, dtype)
 
     def kernel(self, device: str, dtype: torch.dtype, tokens: int, shape: Shape) -> str:
         """One product for few tokens where this machine has it."""
-        fits = self.bits in KERNEL_BITS and 0 < tokens <= KERNEL_TOKENS[device] and has_kernel(device, dtype)
-        return "table_product" if fits else SLICED
+        return "table_product" if has_product(self.bits, device, dtype, tokens) else SLICED
 
     def kernel_product(self, x: Tensor, tensors: Sequence[Tensor], shape: Shape) -> Tensor:
         """Values are looked up in a register and never rest anywhere."""
@@ -75,18 +66,3 @@ def nearest(dense: Tensor, grid: TableGrid) -> Tensor:
         for part, middle in zip(dense.split(step), middles.split(step), strict=True)
     )
     return torch.cat(list(found))
-
-
-class TableLinear(QuantizedLinear):
-    """A linear layer whose weight rests in `TableCodec`."""
-
-    def __init__(
-        self,
-        in_features: int,
-        out_features: int,
-        bias: bool = True,
-        transposed: bool = False,
-        dtype: torch.dtype = torch.float32,
-        bits: int = 4,
-    ) -> None:
-        super().__init__(in_features, out_features, TableCodec(bits), bias=bias, transposed=transposed, dtype=dtype)

@@ -66,7 +66,7 @@ def plan_solving(
         )
     quantized = sum(_weights(module) for module in layers.values())
     return QuantizePlan(
-        skeleton.name, name, settings, text.samples, text.tokens, text.rows, len(layers), home, budget, predicted, written,
+        skeleton.name, name, settings, text.samples, text.tokens, text.rows, len(layers), quantized, home, budget, predicted, written,
         8 * sum(_stored(module) for module in layers.values()) / quantized,
     )  # fmt: skip
 

@@ -17,14 +17,13 @@ from torch import Tensor, nn
 from tightfit.contracts import Absorbs, Solves
 from tightfit.describe.blocks import block_lists, blocks_of
 from tightfit.describe.digest import digest_of
-from tightfit.describe.skeleton import Skeleton, persistent_buffers
+from tightfit.describe.skeleton import Skeleton
 from tightfit.formats.experts import QuantizedExperts
 from tightfit.formats.linear import QuantizedLinear, replace
 from tightfit.formats.stored import StoredFormat
-from tightfit.runtime.build import restore_buffers
 from tightfit.runtime.calibrate import Call, Walk, advance, alike, first_states, hessian_of
 from tightfit.runtime.files import copy_companions, read_json, settle, write_json, write_tensors
-from tightfit.runtime.weights import reader
+from tightfit.runtime.placing import Placing
 from tightfit.terms.errors import TightfitError
 
 UNFINISHED = ".unfinished"
@@ -53,23 +52,13 @@ class Job:
     progress: Progress = lambda done, whole, layer: None
 
     def __post_init__(self) -> None:
-        self.model = self.skeleton.meta_model()  # dense; one block at a time has its weights
+        self.model = self.skeleton.meta_model().requires_grad_(False)  # dense; one block at a time has its weights
         self.target = self.skeleton.meta_model()  # of which only the quantized layers are taken
         self.technique.apply(self.target)  # type: ignore[attr-defined]
-        self.read = reader(self.skeleton, random_weights=False)
+        self.placing = Placing(self.model, self.skeleton, self.device)
         self.blocks = blocks_of(self.model)
         self.layers = quantized_layers(self.target)
         self.done = 0
-
-    @property
-    def weights(self) -> int:
-        """Weights that are quantized."""
-        dense = dict(self.skeleton.meta_model().named_parameters())
-        return sum(
-            parameter.numel()
-            for name, parameter in dense.items()
-            if name.startswith(tuple(f"{at}." for at in self.layers)) and parameter.dim() > 1
-        )
 
 
 def quantize(job: Job, folder: Path, resume: bool = False) -> None:
@@ -78,7 +67,7 @@ def quantize(job: Job, folder: Path, resume: bool = False) -> None:
     folder = folder.resolve()
     work = _begin(job, folder, resume)
     with torch.inference_mode():
-        _place_outside(job)
+        job.placing.place_outside()
         walk = Walk(job.model, job.blocks, job.samples, job.rows, job.device, work / STATES if job.on_disk else None)
         states, calls = first_states(walk) if job.technique.needs_inputs() else (None, None)
         for position, (path, block) in enumerate(job.blocks):
@@ -86,7 +75,7 @@ def quantize(job: Job, folder: Path, resume: bool = False) -> None:
             if shard.exists():
                 _fill_from(job, path, block, shard)
             else:
-                _place(job, path, block)
+                job.placing.place_block(path)
                 _solve_block(job, walk, position, states, calls)
                 write_tensors(shard, {f"{path}.{name}": tensor for name, tensor in block.state_dict().items()})
             if states is not None:
@@ -152,31 +141,6 @@ def _shard(position: int, blocks: int) -> str:
     return f"model-{position + 1:05d}-of-{blocks + 1:05d}.safetensors"
 
 
-def _place_outside(job: Job) -> None:
-    """Weights of no block, on the compute device; and all buffers, which are small."""
-    inside = tuple(f"{path}." for path, _ in job.blocks)
-    shared: dict[int, nn.Parameter] = {}
-    for name, parameter in list(job.model.named_parameters(remove_duplicate=False)):
-        if not name.startswith(inside):
-            if id(parameter) not in shared:
-                shared[id(parameter)] = nn.Parameter(job.read(name).to(job.device), requires_grad=False)
-            _owner(job.model, name)._parameters[name.rpartition(".")[2]] = shared[id(parameter)]
-    for name in persistent_buffers(job.model):
-        if name in job.skeleton.origins:
-            _owner(job.model, name)._buffers[name.rpartition(".")[2]] = job.read(name).to(job.device)
-    restore_buffers(job.model, job.device)
-
-
-def _owner(model: nn.Module, name: str) -> nn.Module:
-    return model.get_submodule(name.rpartition(".")[0])
-
-
-def _place(job: Job, path: str, block: nn.Module) -> None:
-    for name, _ in list(block.named_parameters()):
-        dense = nn.Parameter(job.read(f"{path}.{name}").to(job.device), requires_grad=False)
-        _owner(block, name)._parameters[name.rpartition(".")[2]] = dense
-
-
 def _solve_block(job: Job, walk: Walk, position: int, states: Tensor | None, calls: list[Call]) -> None:
     """Layers that are fed alike at once, in the order in which they are called; those after see what those before became."""
     path, block = job.blocks[position]
@@ -236,7 +200,8 @@ def _fill_from(job: Job, path: str, block: nn.Module, shard: Path) -> None:
         _told(job, f"{path}.{name}")
     for name, tensor in load_file(shard, device=str(job.device)).items():
         inside = name.removeprefix(f"{path}.")
-        owner, leaf = _owner(block, inside), inside.rpartition(".")[2]
+        parent, _, leaf = inside.rpartition(".")
+        owner = block.get_submodule(parent)
         if leaf in owner._parameters:
             owner._parameters[leaf] = nn.Parameter(tensor, requires_grad=False)
         else:

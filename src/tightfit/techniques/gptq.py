@@ -11,7 +11,6 @@ more while it is solved. Applied without it (`run --technique gptq`) it does no 
 """
 
 from dataclasses import dataclass
-from functools import partial
 from typing import ClassVar
 
 from torch import Tensor, nn
@@ -40,10 +39,9 @@ class GPTQ:
     def apply(self, model: nn.Module) -> None:
         """Replace linear layers and fused experts inside the blocks; weights that are there already are rounded at once."""
         self._check()
-        from tightfit.formats.affine import AffineCodec, AffineLinear  # here, since naming a technique loads no kernels
+        from tightfit.formats.affine import AffineCodec  # here, since naming a technique loads no kernels
 
-        make = partial(AffineLinear, bits=self.bits, group=self.group)
-        quantize_blocks(model, "gptq", make, AffineCodec(self.bits, self.group), self.where)
+        quantize_blocks(model, "gptq", AffineCodec(self.bits, self.group), self.where)
 
     def needs_inputs(self) -> bool:
         """Always."""

@@ -17,11 +17,8 @@ from typing import ClassVar
 from torch import nn
 
 from tightfit.contracts import Quality, Stage
-from tightfit.describe.blocks import blocks_of
-from tightfit.formats.experts import swap_experts
-from tightfit.formats.int8 import Int8Codec, Int8Linear
-from tightfit.formats.linear import swap_linears
-from tightfit.terms.errors import TightfitError
+from tightfit.formats.int8 import Int8Codec
+from tightfit.techniques._quantize import quantize_blocks
 
 
 @dataclass(frozen=True)
@@ -35,10 +32,4 @@ class Int8:
 
     def apply(self, model: nn.Module) -> None:
         """Replace linear layers and fused experts inside the blocks; weights that are there already are encoded at once."""
-        blocks = blocks_of(model)
-        replaced = swap_linears(model, blocks, Int8Linear, self.where) + swap_experts(blocks, Int8Codec(), self.where)
-        if not replaced:
-            raise TightfitError(
-                f"`int8` found no linear layer or fused experts for `where={self.where}`",
-                hint="`where` is searched in paths such as `model.layers.0.mlp.up_proj.weight`; quantized layers are not quantized again",
-            )
+        quantize_blocks(model, "int8", Int8Codec(), self.where)

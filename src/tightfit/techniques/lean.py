@@ -16,7 +16,6 @@ walk are not in it.
 """
 
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, ClassVar
 
 from torch import Tensor, nn
@@ -49,12 +48,7 @@ class Lean:
     def apply(self, model: nn.Module) -> None:
         """Replace linear layers and fused experts inside the blocks; weights that are there already are rounded at once."""
         self._check()
-        from tightfit.formats.affine import AffineLinear  # here, since naming a technique loads no kernels
-        from tightfit.formats.table import TableLinear
-
-        affine = self.grid == "affine"
-        make = partial(AffineLinear, bits=self.bits, group=self.group) if affine else partial(TableLinear, bits=self.bits)
-        quantize_blocks(model, "lean", make, self._codec(), self.where)
+        quantize_blocks(model, "lean", self._codec(), self.where)
 
     def needs_inputs(self) -> bool:
         """Always."""
@@ -82,7 +76,7 @@ class Lean:
         return solve_bytes(rows, columns, fits=True)
 
     def _codec(self) -> Any:
-        from tightfit.formats.affine import AffineCodec
+        from tightfit.formats.affine import AffineCodec  # here, since naming a technique loads no kernels
         from tightfit.formats.table import TableCodec
 
         return AffineCodec(self.bits, self.group) if self.grid == "affine" else TableCodec(self.bits)

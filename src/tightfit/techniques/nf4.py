@@ -14,16 +14,13 @@ weight_nested_code, weight_offset; packed: weight_absmax (in / 64, out) bfloat16
 """
 
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import ClassVar
 
 import torch
 from torch import nn
 
 from tightfit.contracts import Quality, Stage
-from tightfit.describe.blocks import blocks_of
-from tightfit.formats.experts import swap_experts
-from tightfit.formats.linear import swap_linears
+from tightfit.techniques._quantize import quantize_blocks
 from tightfit.terms.errors import TightfitError, near
 
 LAYOUTS = ("auto", "standard", "packed")
@@ -44,17 +41,9 @@ class NF4:
         """Replace linear layers and fused experts inside the blocks; weights that are there already are encoded at once."""
         if self.layout not in LAYOUTS:
             raise TightfitError(f"`nf4` has no layout `{self.layout}`", hint=near(self.layout, LAYOUTS))
-        from tightfit.formats.nf4 import NF4Codec, NF4Linear  # here, since bitsandbytes takes 40 MiB
+        from tightfit.formats.nf4 import NF4Codec  # here, since bitsandbytes takes 40 MiB
 
-        codec = NF4Codec(_layout(self.layout), self.double_quantization)
-        make = partial(NF4Linear, layout=codec.layout, double_quantization=codec.double_quantization)
-        blocks = blocks_of(model)
-        replaced = swap_linears(model, blocks, make, self.where) + swap_experts(blocks, codec, self.where)
-        if not replaced:
-            raise TightfitError(
-                f"`nf4` found no linear layer or fused experts for `where={self.where}`",
-                hint="`where` is searched in paths such as `model.layers.0.mlp.up_proj.weight`; quantized layers are not quantized again",
-            )
+        quantize_blocks(model, "nf4", NF4Codec(_layout(self.layout), self.double_quantization), self.where)
 
     def settled(self, device: str) -> "NF4":
         """The layout that is fast on `device`."""

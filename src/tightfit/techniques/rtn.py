@@ -9,7 +9,6 @@
 """
 
 from dataclasses import dataclass
-from functools import partial
 from typing import ClassVar
 
 from torch import Tensor, nn
@@ -32,10 +31,9 @@ class RTN:
     def apply(self, model: nn.Module) -> None:
         """Replace linear layers and fused experts inside the blocks; weights that are there already are rounded at once."""
         check_bits("rtn", self.bits)
-        from tightfit.formats.affine import AffineCodec, AffineLinear  # here, since naming a technique loads no kernels
+        from tightfit.formats.affine import AffineCodec  # here, since naming a technique loads no kernels
 
-        make = partial(AffineLinear, bits=self.bits, group=self.group)
-        quantize_blocks(model, "rtn", make, AffineCodec(self.bits, self.group), self.where)
+        quantize_blocks(model, "rtn", AffineCodec(self.bits, self.group), self.where)
 
     def needs_inputs(self) -> bool:
         """Never."""

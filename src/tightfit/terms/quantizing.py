@@ -16,7 +16,7 @@ class QuantizePlan:
     """A quantization, decided beforehand.
 
     - `technique` with `settings`; `samples` texts of `tokens` tokens are read, `rows` at a time (none where no inputs are needed);
-    - `layers`: how many are quantized; `states_on`: where the hidden states of all samples rest (`ram` or `disk`);
+    - `layers`: how many are quantized, with how many `weights`; `states_on`: where the hidden states of all samples rest (`ram` or `disk`);
     - `predicted`: bytes by kind at the peak on the compute tier; `output_bytes`: what will be written;
     - `bits_per_weight`: of the quantized layers, tables and scales included.
     """
@@ -28,6 +28,7 @@ class QuantizePlan:
     tokens: int
     rows: int
     layers: int
+    weights: int
     states_on: str
     budget: Budget
     predicted: Mapping[str, int]
@@ -46,13 +47,12 @@ class QuantizePlan:
 
 @dataclass(frozen=True)
 class QuantizeReport:
-    """What was measured: the process's peak by the kernel's count, the time, and the quantized weights in a second."""
+    """What was measured: the process's peak by the kernel's count, and the time."""
 
     plan: QuantizePlan
     output: str
     peak_bytes: int
     seconds: float
-    weights: int
 
     @property
     def warnings(self) -> tuple[str, ...]:

@@ -35,18 +35,18 @@ _ROWS_TOKENS = 2048
 """Tokens that go through a block at once."""
 
 
-def read_calibration(model: str, text: str, context: int = 0, samples: int = SAMPLES) -> Tensor:
+def read_calibration(model: str | Skeleton, text: str, context: int = 0, samples: int = SAMPLES) -> Tensor:
     """The text of a file as samples of equal length, evenly taken from the whole of it.  # → (samples, tokens)
 
     Raises `TightfitError` for a text shorter than one sample, and for a model without a tokenizer.
     """
-    skeleton = describe(model, "embed", fetch=False)
+    skeleton = _described(model)
     refuse_weightless(skeleton)
     tokens = context or min(LONGEST, positions_of(skeleton.config) or LONGEST)
     check_lengths(skeleton.config, tokens)
     tokenizer = load_tokenizer(skeleton)
     if tokenizer is None:
-        raise TightfitError(f"`{model}` has no tokenizer, so no text can be read", hint="put `tokenizer.json` beside the weights")
+        raise TightfitError(f"`{skeleton.name}` has no tokenizer, so no text can be read", hint="put `tokenizer.json` beside the weights")
     ids = torch.tensor(tokenizer(read_text(text), verbose=False)["input_ids"], dtype=torch.long)
     whole = len(ids) // tokens
     if not whole:
@@ -101,19 +101,19 @@ def quantize(
             f"the plan is for {planned.samples} samples of {planned.tokens} tokens", hint="give those that it was made with"
         )
     keep_heap_tight()
-    skeleton, solver = _described(planned.model), _solver(planned.technique, planned.settings)
+    skeleton, solver = describe(planned.model, "embed"), _solver(planned.technique, planned.settings)
     device = torch.device("cuda" if planned.budget.gpu else "cpu")
     ids = samples if samples is not None and solver.needs_inputs() else torch.ones(1, 1, dtype=torch.long)
     job = Job(skeleton, solver, ids, planned.rows, device, planned.states_on == "disk", progress)
     reset_peak()
     began = time.perf_counter()
     solve_all(job, Path(output), resume)
-    return QuantizeReport(planned, output, resident().peak, time.perf_counter() - began, job.weights)
+    return QuantizeReport(planned, output, resident().peak, time.perf_counter() - began)
 
 
 def _described(model: str | Skeleton) -> Skeleton:
-    """As the architecture that the folder names: a head is kept, whatever it is for."""
-    return model if isinstance(model, Skeleton) else describe(model, "embed")
+    """As the architecture that the folder names: a head is kept, whatever it is for. A hub's weights are not fetched."""
+    return model if isinstance(model, Skeleton) else describe(model, "embed", fetch=False)
 
 
 def _solver(technique: str, settings: Mapping[str, Any]) -> Solves:

@@ -1,11 +1,10 @@
 """Kernels: products with weights in few bits, and their decoding. C on a CPU, Triton on a GPU, and plain torch everywhere else."""
 
 from tightfit.formats.kernels.cpu import (
-    KERNEL_TOKENS,
     affine_decode,
     affine_decode_bytes,
     affine_product,
-    has_kernel,
+    has_product,
     padded_bytes,
     table_decode,
     table_decode_bytes,
@@ -13,11 +12,10 @@ from tightfit.formats.kernels.cpu import (
 )
 
 __all__ = [
-    "KERNEL_TOKENS",
     "affine_decode",
     "affine_decode_bytes",
     "affine_product",
-    "has_kernel",
+    "has_product",
     "padded_bytes",
     "table_decode",
     "table_decode_bytes",

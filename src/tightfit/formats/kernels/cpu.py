@@ -33,7 +33,7 @@ CONTRACT = 1
 """Of the library's functions: one that was built from another `table.c` is not called."""
 
 KERNEL_BITS = (2, 3, 4)
-"""Widths whose tables fit into a register."""
+"""Widths whose values fit into a register."""
 
 KERNEL_DTYPES = (torch.bfloat16, torch.float32)
 """Of inputs and of what is decoded, on a CPU."""
@@ -75,6 +75,11 @@ def has_kernel(device: str = "cpu", dtype: torch.dtype = torch.bfloat16) -> bool
     if device == "cuda":
         return _has_triton() and dtype in (torch.bfloat16, torch.float32, torch.float16)
     return device == "cpu" and dtype in KERNEL_DTYPES and _library()[0] is not None
+
+
+def has_product(bits: int, device: str, dtype: torch.dtype, tokens: int) -> bool:
+    """Whether a kernel multiplies `tokens` rows of `dtype` with codes of `bits`, faster than slices of decoded rows."""
+    return bits in KERNEL_BITS and has_kernel(device, dtype) and 0 < tokens <= KERNEL_TOKENS[device]
 
 
 @cache

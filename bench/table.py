@@ -14,6 +14,7 @@ from typing import Any
 from cells import ABSENT, Results, percent, table, times, told, yes
 from kernel_tables import kernels
 from quantize_tables import quantize_quality
+from solver_tables import quantize_speed
 from tune_tables import bigger_steps, gpu_steps, tune_memory, tune_quality
 
 from tightfit.terms.units import show_bytes, show_seconds
@@ -186,6 +187,7 @@ QUESTIONS: dict[str, tuple[str, Callable[[Results], str]]] = {
     "tune_quality": ("How good is what was tuned?", tune_quality),
     "kernels": ("How fast are products with few-bit weights?", kernels),
     "quantize_quality": ("How good are few-bit weights?", quantize_quality),
+    "quantize_speed": ("How fast are weights brought into few bits?", quantize_speed),
 }
 
 

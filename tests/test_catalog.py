@@ -88,7 +88,7 @@ def test_what_is_no_setting_is_one_clear_line(text, message):
 
 def test_every_file_of_the_room_is_a_recipe():
     files = {path.stem for path in Path(catalog.__file__).with_name("recipes").glob("[!_]*.py")}
-    assert set(catalog.recipe_names()) == files >= {"qst", "qdylora"}
+    assert set(catalog.recipe_names()) == files >= {"qst", "qdylora", "leanquant"}
     assert not files & set(catalog.technique_names()), "a name explains one thing"
 
 

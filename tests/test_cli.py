@@ -309,7 +309,7 @@ def test_an_interrupted_recipe_says_how_it_goes_on(tightfit_says, called, monkey
     interrupted.__signature__ = inspect.signature(catalog.recipe("qst"), eval_str=True)
     monkeypatch.setattr("tightfit.cli.recipe.recipe", lambda name: interrupted)
     said = tightfit_says("recipe", "qst", "MODEL", "DATA", "-o", "OUT")
-    assert said.code == 130 and "`--resume` goes on from the last checkpoint in OUT" in said.err
+    assert said.code == 130 and "`--resume` goes on from what was saved for OUT" in said.err
 
 
 def test_a_recipe_on_a_small_text(tightfit_says, tmp_path):

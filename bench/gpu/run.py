@@ -2,8 +2,9 @@
 
 python bench/gpu/run.py [--out FOLDER] [--wheels FOLDER] [--only TEXT] [--seconds S] [--dry]     (at most ten minutes)
 
-Writes one JSON for each job into FOLDER (default: results/ here), each as soon as it is done. Offline: `--wheels` names a folder
-of wheels that the machine lacks, such as bitsandbytes'. `--dry` runs every job on the CPU with a tiny shape and keeps nothing.
+Writes one JSON for each job into FOLDER (default: results/ here), each as soon as it is done; what is another question's into a folder of
+its name there (default: its own results/). Offline: `--wheels` names a folder of wheels that the machine lacks, such as bitsandbytes'.
+`--dry` runs every job on the CPU with a tiny shape and keeps nothing.
 """
 
 import argparse
@@ -21,6 +22,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from record import BENCH, CHECKOUT, machine_facts, read_result, run_child, say, write_result
 
 HERE = Path(__file__).resolve().parent
+OUT = HERE / "results"
 
 
 def install_wheels(wheels: Path, target: str) -> None:
@@ -37,8 +39,13 @@ def job_of(name: str, settings: dict[str, Any], dry: bool) -> dict[str, Any]:
     return job | settings["dry"] if dry else job
 
 
-def command_of(job: dict[str, Any], packages: str) -> list[str]:
-    """The command of a job. PEFT's is its own script, on a folder that has the preset's config only."""
+def command_of(job: dict[str, Any], packages: str, out: Path) -> list[str]:
+    """The command of a job. PEFT's is its own script, on a folder that has the preset's config only; a question's its own driver."""
+    if job["side"] == "question":
+        results = BENCH / job["question"] / "results" if out == OUT else out / job["question"]
+        device = ["--dry"] if job["dry"] else ["--device", "cuda", "--results", str(results)]
+        only = ["--only", "block"] if job["dry"] else job["arguments"]
+        return [sys.executable, str(BENCH / job["question"] / "run.py"), *device, *only]
     if job["side"] != "PEFT":
         return [sys.executable, str(HERE / "one.py"), json.dumps(job)]
     presets = CHECKOUT / "src" / "tightfit" / "presets"
@@ -57,7 +64,7 @@ def pace_of(job: dict[str, Any]) -> str:
     return "seconds_per_step" if job["side"] in ("tune", "PEFT") else "seconds_per_token"
 
 
-def run_job(job: dict[str, Any], seconds: float, packages: str) -> dict[str, Any]:
+def run_job(job: dict[str, Any], seconds: float, packages: str, out: Path) -> dict[str, Any]:
     """One job in its own process, for at most `seconds`."""
     environment = {
         "TIGHTFIT_HOME": str(Path(packages) / "home"),
@@ -65,7 +72,7 @@ def run_job(job: dict[str, Any], seconds: float, packages: str) -> dict[str, Any
         "PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:False",
     }
     began = time.monotonic()
-    found = run_child(command_of(job, packages), job["threads"], seconds, **environment)
+    found = run_child(command_of(job, packages, out), job["threads"], seconds, **environment)
     return found | {"wall_seconds": round(time.monotonic() - began, 1)}
 
 
@@ -83,7 +90,7 @@ def line_of(name: str, found: dict[str, Any]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=HERE / "results")
+    parser.add_argument("--out", type=Path, default=OUT)
     parser.add_argument("--wheels", type=Path)
     parser.add_argument("--only", default="", help="jobs whose name holds this text (and the probe)")
     parser.add_argument("--seconds", type=float, help="when the whole must be over")
@@ -101,10 +108,10 @@ def main() -> None:
                 continue
             job = job_of(name, settings, args.dry) | {"threads": args.threads}
             seconds = min(job["limit_seconds"], ends - time.monotonic() - 5)
-            found = run_job(job, seconds, packages) if seconds > 20 else {"error": "no time was left", "wall_seconds": 0}
+            found = run_job(job, seconds, packages, args.out) if seconds > 20 else {"error": "no time was left", "wall_seconds": 0}
             if name == "probe":
                 facts["probed"] = found
-            elif not args.dry:
+            elif job["side"] != "question" and not args.dry:  # a question writes its own
                 before = read_result(args.out / f"{name}.json")
                 if pace_of(job) in found or pace_of(job) not in before.get("result", {}):
                     write_result(

@@ -1,6 +1,7 @@
 """Show: plans and reports as a person reads them: a memory map, few words, one line each."""
 
 from collections.abc import Iterable, Mapping
+from functools import singledispatch
 
 from rich.console import Console
 from rich.markup import escape
@@ -9,6 +10,7 @@ from rich.text import Text
 
 from tightfit.terms.footprint import KINDS, total
 from tightfit.terms.plan import Plan
+from tightfit.terms.quantizing import QuantizePlan, QuantizeReport
 from tightfit.terms.report import Report
 from tightfit.terms.units import show_bytes, show_seconds
 
@@ -24,6 +26,7 @@ _COLORS = {
 _WIDTH = 56
 
 
+@singledispatch
 def show_plan(plan: Plan, console: Console) -> None:
     """The plan: what is done, where blocks rest, a map of each tier, the pace, and why."""
     work = plan.workload
@@ -50,6 +53,21 @@ def show_plan(plan: Plan, console: Console) -> None:
         console.print(f"  [yellow]note        {escape(note)}[/]")
 
 
+@show_plan.register
+def _(plan: QuantizePlan, console: Console) -> None:
+    settings = ", ".join(f"{key}={value}" for key, value in plan.settings.items())
+    console.print(f"[bold]{escape(plan.model)}[/]: {plan.layers} layers to {plan.bits_per_weight:.2f} bits a weight with {plan.technique}")
+    console.print(f"  settings    {settings or 'as they are by default'}")
+    if plan.samples * plan.tokens > 1:
+        home = "" if plan.states_on == "ram" else "; hidden states rest on the disk"
+        console.print(f"  reads       {plan.samples} × {plan.tokens} tokens, {plan.rows} at a time{home}")
+    tier = plan.budget.compute_tier
+    kinds = ", ".join(f"{kind} {show_bytes(size)}" for kind, size in plan.predicted.items() if size)
+    console.print(f"  {tier:<11} {show_bytes(plan.predicted_bytes)} of {show_bytes(plan.budget.bytes_of(tier))}: {kinds}")
+    console.print(f"  writes      {show_bytes(plan.output_bytes)}")
+
+
+@singledispatch
 def show_report(report: Report, console: Console) -> None:
     """The report: measured against planned kind by kind, the process by the kernel's count, and the pace."""
     plan = report.plan
@@ -79,6 +97,29 @@ def show_report(report: Report, console: Console) -> None:
         console.print(f"[yellow]warning: {warning}[/]")
     if not report.warnings:
         console.print(f"[green]kept its word: inside the budget, {report.deviation:+.1%} off the plan[/]")
+
+
+@show_report.register
+def _(report: QuantizeReport, console: Console) -> None:
+    plan = report.plan
+    console.print(
+        f"{escape(report.output)}: {show_bytes(plan.output_bytes)}, {plan.bits_per_weight:.2f} bits a weight in {plan.layers} layers, "
+        f"in {show_seconds(report.seconds)} ({plan.weights / report.seconds / 1e6:.2f} million weights a second)"
+    )
+    console.print(f"process {show_bytes(report.peak_bytes)} at the peak; planned {show_bytes(plan.predicted_bytes)}")
+    for warning in report.warnings:
+        console.print(f"[yellow]warning: {warning}[/]")
+
+
+@singledispatch
+def use_of(report: Report, folder: str) -> str:
+    """The command that goes on with the `folder` in which the work left what it made."""
+    return f"tightfit run {report.plan.model} --adapter {folder} --prompt …"
+
+
+@use_of.register
+def _(report: QuantizeReport, folder: str) -> str:
+    return f"tightfit run {folder} --prompt …"
 
 
 def _against(name: str, planned: int, measured: int, least: int) -> tuple[str, str, str, str]:

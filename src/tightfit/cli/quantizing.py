@@ -4,15 +4,13 @@ import sys
 from typing import Annotated
 
 import typer
-from rich.console import Console
 from rich.markup import escape
 
-from tightfit.cli.options import LATER, Json, Model, Size, app, quiet
+from tightfit.cli.options import LATER, Json, Model, Size, app, quiet, shown
 from tightfit.talk import bar, emit, out, refuse_unwritable, talk, write
 from tightfit.terms.budget import Budget
 from tightfit.terms.errors import TightfitError
-from tightfit.terms.quantizing import QuantizePlan, QuantizeReport
-from tightfit.terms.units import show_bytes, show_seconds
+from tightfit.terms.quantizing import QuantizeReport
 
 
 @app.command("quantize")
@@ -48,10 +46,10 @@ def quantize_command(
         calibration = verbs.read_calibration(skeleton, text, context, samples) if text else None
         planned = verbs.plan_quantize(skeleton, calibration, name, settings, Budget.parse(gpu, ram, disk))
     if plan_only:
-        emit(planned.to_json(), as_json) or _show_plan(planned, out)
+        emit(planned.to_json(), as_json) or shown().show_plan(planned, out)
         return
     if not as_json:
-        _show_plan(planned, talk)
+        shown().show_plan(planned, talk)
     try:
         with bar("quantizing", not as_json, "layers") as progress:
             report = verbs.quantize(planned, calibration, output, resume, progress)
@@ -63,26 +61,6 @@ def quantize_command(
         write(save_report, report.to_json())
 
 
-def _show_plan(plan: QuantizePlan, console: Console) -> None:
-    settings = ", ".join(f"{key}={value}" for key, value in plan.settings.items())
-    console.print(f"[bold]{escape(plan.model)}[/]: {plan.layers} layers to {plan.bits_per_weight:.2f} bits a weight with {plan.technique}")
-    console.print(f"  settings    {settings or 'as they are by default'}")
-    if plan.samples * plan.tokens > 1:
-        home = "" if plan.states_on == "ram" else "; hidden states rest on the disk"
-        console.print(f"  reads       {plan.samples} × {plan.tokens} tokens, {plan.rows} at a time{home}")
-    tier = plan.budget.compute_tier
-    kinds = ", ".join(f"{kind} {show_bytes(size)}" for kind, size in plan.predicted.items() if size)
-    console.print(f"  {tier:<11} {show_bytes(plan.predicted_bytes)} of {show_bytes(plan.budget.bytes_of(tier))}: {kinds}")
-    console.print(f"  writes      {show_bytes(plan.output_bytes)}")
-
-
 def _tell(report: QuantizeReport) -> None:
-    plan = report.plan
-    out.print(
-        f"{escape(report.output)}: {show_bytes(plan.output_bytes)}, {plan.bits_per_weight:.2f} bits a weight in {plan.layers} layers, "
-        f"in {show_seconds(report.seconds)} ({plan.weights / report.seconds / 1e6:.2f} million weights a second)"
-    )
-    out.print(f"process {show_bytes(report.peak_bytes)} at the peak; planned {show_bytes(plan.predicted_bytes)}")
-    for warning in report.warnings:
-        out.print(f"[yellow]warning: {warning}[/]")
-    talk.print(f"run it: tightfit run {escape(report.output)} --prompt …", highlight=False)
+    shown().show_report(report, out)
+    talk.print(f"run it: {escape(shown().use_of(report, report.output))}", highlight=False)

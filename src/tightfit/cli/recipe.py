@@ -1,8 +1,9 @@
 """The command line's verb `recipe`: each recipe is a command of its own, whose options are the settings of its function."""
 
 import sys
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from functools import cache
 from inspect import Parameter, getdoc, signature
 from typing import Annotated, Any
 
@@ -13,14 +14,15 @@ from tightfit.catalog import explain, recipe, recipe_names
 from tightfit.cli.options import LATER, Json, app, quiet, shown
 from tightfit.recipes import Told
 from tightfit.talk import bar, emit, out, refuse_unwritable, talk, write
+from tightfit.terms.quantizing import QuantizeReport
 from tightfit.terms.report import Report
 from tightfit.terms.units import show_bytes
 
 _SEEDS = (1 << 32) - 1
 """The largest that NumPy takes."""
 
-_AS_IN_TUNE = {"output": ("--output", "-o"), "held_out": ("--eval",), "learning_rate": ("--lr",)}
-"""Settings that `tightfit tune` calls by other names than Python does."""
+_AS_IN_TUNE = {"output": ("--output", "-o"), "held_out": ("--held-out", "--eval"), "learning_rate": ("--lr",)}
+"""Settings that `tightfit tune` calls by other names than Python does, and theirs beside them where they are as plain."""
 
 
 class _Recipes(typer.core.TyperGroup):
@@ -44,7 +46,7 @@ app.add_typer(
 )
 
 
-def _command(name: str, run: Callable[..., Report]) -> Callable[..., None]:
+def _command(name: str, run: Callable[..., Report | QuantizeReport]) -> Callable[..., None]:
     """What the command line calls: the recipe with the options that every verb has."""
     declared = signature(run, eval_str=True).parameters
     help_of = {setting["name"]: setting["price"] for setting in explain(name)["settings"]}
@@ -58,11 +60,9 @@ def _command(name: str, run: Callable[..., Report]) -> Callable[..., None]:
             except KeyboardInterrupt:
                 if "resume" not in declared:
                     raise
-                talk.print(
-                    f"\ninterrupted; while steps were left, `--resume` goes on from the last checkpoint in {escape(settings['output'])}"
-                )
+                talk.print(f"\ninterrupted; while work was left, `--resume` goes on from what was saved for {escape(settings['output'])}")
                 sys.exit(LATER)
-        emit(report.to_json(), as_json) or _tell(report, settings)
+        emit(report.to_json(), as_json) or _tell(report, settings["output"])
         if save_report:
             write(save_report, report.to_json())
 
@@ -96,12 +96,14 @@ def _given(name: str, annotation: Any, default: Any) -> Parameter:
 
 @contextmanager
 def _listening(shows: bool) -> Iterator[Told]:
-    """The plan, bars, some losses and what is found, on stderr."""
-    with (
-        bar("reading", shows, "samples") as reading,
-        bar("loading", shows) as loading,
-        bar("tuning", shows, "steps") as learning,
-    ):
+    """The plan, bars as soon as they have something to tell, some losses and what is found, on stderr."""
+    with ExitStack() as opened:
+
+        def first_told(name: str, unit: Any = "bytes") -> Callable[..., None]:
+            found = cache(lambda: opened.enter_context(bar(name, shows, unit)))
+            return lambda *words: found()(*words)
+
+        learning = first_told("tuning", "steps")
 
         def learned(done: int, whole: int, loss: float) -> None:
             learning(done, whole, f"loss {loss:.4f}")
@@ -109,19 +111,20 @@ def _listening(shows: bool) -> Iterator[Told]:
                 talk.print(f"step {done} of {whole}   loss {loss:.4f}")
 
         yield Told(
-            reading=reading,
+            reading=first_told("reading", "samples"),
             planned=lambda plan: shown().show_plan(plan, talk) if shows else None,
-            loading=loading,
+            loading=first_told("loading"),
             learning=learned,
+            solving=first_told("quantizing", "layers"),
+            scoring=first_told("scoring", "tokens"),
             finding=lambda line: talk.print(line, markup=False) if shows else None,
         )
 
 
-def _tell(report: Report, settings: Mapping[str, Any]) -> None:
+def _tell(report: Report | QuantizeReport, output: str) -> None:
     """What came of it, one figure a line; bytes by their names."""
     for name, score in report.scores.items():
         told = show_bytes(int(score)) if name.endswith("_bytes") else f"{int(score)}" if score == int(score) else f"{score:.4f}"
         out.print(f"{name.replace('_', ' '):<24} {told}", markup=False)
     shown().show_report(report, talk)
-    use = f"tightfit run {settings['model']} --adapter {settings['output']} --prompt …"
-    talk.print(f"saved in {escape(settings['output'])}; use it with `{escape(use)}`")
+    talk.print(f"saved in {escape(output)}; use it with `{escape(shown().use_of(report, output))}`")

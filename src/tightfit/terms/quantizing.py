@@ -1,7 +1,7 @@
 """Quantizing: a model on its way into few bits, decided beforehand and measured afterwards; and the name under which its files say so."""
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from tightfit.terms.budget import Budget
@@ -47,12 +47,13 @@ class QuantizePlan:
 
 @dataclass(frozen=True)
 class QuantizeReport:
-    """What was measured: the process's peak by the kernel's count, and the time."""
+    """What was measured: the process's peak by the kernel's count, and the time; `scores` tell how well it went, where that was asked."""
 
     plan: QuantizePlan
     output: str
     peak_bytes: int
     seconds: float
+    scores: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def warnings(self) -> tuple[str, ...]:

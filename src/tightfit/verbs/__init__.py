@@ -6,7 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from tightfit import catalog
 from tightfit.contracts import QUALITIES, Quality
@@ -129,16 +129,26 @@ def evaluate(planned: Plan, file: str, progress: Callable[[int, int], None] = la
     """Perplexity of the text in `file` under the planned model, in windows of the planned length."""
     keep_heap_tight()
     skeleton = describe(planned.model, "generate", random_weights=planned.random_weights)
+    ids, text_bytes = _scorable(planned, skeleton, file)
+    with _built(planned, skeleton) as built:
+        return perplexity(built, ids, text_bytes, planned.workload.tokens, progress)
+
+
+def check_text(planned: Plan, file: str) -> None:
+    """Refuse, before other work, what `evaluate` would refuse about the text in `file`. No weight is read."""
+    _scorable(planned, describe(planned.model, "generate", random_weights=planned.random_weights, fetch=False), file)
+
+
+def _scorable(planned: Plan, skeleton: Skeleton, file: str) -> tuple[Tensor, int]:
+    """The text in `file` as the model reads it, and its bytes.  # → (1, tokens)"""
     text = read_text(file)
     encoded = encode(skeleton, text, new_tokens=-(1 << 62))
-    ids = encoded.input_ids
-    check_scorable(skeleton.config, ids.shape[1], planned.workload.tokens)
+    check_scorable(skeleton.config, encoded.length, planned.workload.tokens)
     if encoded.tokenizer is None:
         raise TightfitError(
             f"`{planned.model}` has no tokenizer, so a text cannot be scored", hint="put `tokenizer.json` beside the weights"
         )
-    with _built(planned, skeleton) as built:
-        return perplexity(built, ids, len(text.encode()), planned.workload.tokens, progress)
+    return encoded.input_ids, len(text.encode())
 
 
 def apply(model: nn.Module, techniques: Asked) -> nn.Module:

@@ -61,9 +61,15 @@ class Solves(Protocol):
         """Whether `solve` looks at the Hessian at all."""
         ...
 
-    def solve(self, weight: "Tensor", hessian: "Tensor") -> "tuple[Tensor, ...]":
-        """The stored tensors of a layer's codec.  # weight (rows, columns), hessian (columns, columns): the mean of 2 x xᵀ; float32
+    def needs_dense_inputs(self) -> bool:
+        """Whether `solve` looks at what the dense model feeds the layer too: samples then go through both."""
+        ...
 
+    def solve(self, weight: "Tensor", hessian: "Tensor", cross: "Tensor | None" = None) -> "tuple[Tensor, ...]":
+        """The stored tensors of a layer's codec. All is float32.
+
+        # weight (rows, columns); hessian (columns, columns): the mean of 2 x xᵀ over the layer's inputs x
+        # cross, as large: the mean of 2 y xᵀ, y being what the dense model feeds the layer; None where it is not needed
         Raises `TightfitError` for what is not finite, and for a Hessian that stays singular.
         """
         ...

@@ -8,7 +8,7 @@ import torch
 from tightfit.formats.grids import TableGrid, fit_table, range_grid
 from tightfit.rehearse.meter import Meter
 from tightfit.techniques import _columns
-from tightfit.techniques._columns import Layer, descend, factor, polished, settle, walk
+from tightfit.techniques._columns import Layer, descend, factor, polished, settle, walk, walked
 from tightfit.techniques.gptq import GPTQ
 from tightfit.techniques.lean import Lean
 from tightfit.techniques.rtn import RTN
@@ -47,6 +47,28 @@ def test_the_walk_is_obq_in_a_fixed_order(ordered, monkeypatch):
     expected = obq(given.weight, damped, found.order.tolist(), grid)
     assert (walk(given, found, grid) == expected).float().mean() > 0.99  # float32 against float64, ties apart
     assert found.order.tolist() == (damped.diagonal().argsort(descending=True, stable=True).tolist() if ordered else list(range(48)))
+
+
+def test_a_layer_aims_at_what_the_dense_model_gave():
+    draw = torch.Generator().manual_seed(3)
+    weight, fed = torch.randn(8, 24, generator=draw), torch.randn(300, 24, generator=draw)
+    dense_fed = fed + 0.3 * torch.randn(300, 24, generator=draw) @ torch.randn(24, 24, generator=draw)
+    given, cross = Layer(weight, 2 * fed.t() @ fed / 300), 2 * dense_fed.t() @ fed / 300
+    expected = torch.linalg.lstsq(fed.double(), (dense_fed @ weight.t()).double()).solution.t()
+    found = factor(given, 1e-6, ordered=True)
+    assert torch.allclose(given.aimed(cross, found, 1.0).weight.double(), expected, atol=1e-3)
+    assert torch.allclose(given.aimed(cross, found, 0.5).weight.double(), (expected + weight) / 2, atol=1e-3)
+    assert (expected - weight).abs().max() > 0.1
+
+
+def test_each_row_keeps_the_grid_on_which_it_errs_least():
+    given = layer(rows=40)
+    found = factor(given, 0.1, ordered=True)
+    grids = [TableGrid(fit_table(given.weight, 2, found.importance(power))) for power in (4.0, 0.0)]
+    errors = torch.stack([given.damped(0.1).error(grid.dense(walk(given, found, grid))) for grid in grids])
+    codes, grid = walked(given, found, grids)
+    assert torch.equal(given.damped(0.1).error(grid.dense(codes)), errors.amin(dim=0))
+    assert 0 < (errors.argmin(dim=0) == 1).sum() < 40  # else this would show nothing
 
 
 def test_the_conditional_importance_is_the_inverse_given_the_columns_before():

@@ -45,7 +45,7 @@ def plan_solving(
     written = sum(tensor_bytes(tensor) for tensor in _tensors(small))
     outside = sum(tensor_bytes(tensor) for tensor in _tensors(dense)) - sum(blocks)
     shrunk = [sum(tensor_bytes(tensor) for tensor in _tensors(block)) for _, block in blocks_of(small)]
-    states = _states_bytes(text, skeleton)
+    states = _states_bytes(text, skeleton) * (2 if technique.needs_dense_inputs() else 1)
     parts = {
         "weights": outside + max(one + other for one, other in zip(blocks, shrunk, strict=True)),
         "activations": _activations(skeleton, text) if technique.needs_inputs() else 0,

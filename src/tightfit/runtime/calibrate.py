@@ -4,9 +4,10 @@ The hidden states of all samples stay at one block's door; which layers are fed 
 letting them through that block alone. The model's own code says with what each block is called: it runs once with hollow blocks.
 """
 
+import copy
 import inspect
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
@@ -61,7 +62,7 @@ def first_states(walk: Walk) -> tuple[Tensor, list[Call]]:
             raise _unlike(walk, "again for one pass" if position in seen else "with what depends on the text")
         seen.add(position)
         if position == 0:
-            states or states.append(_room(walk, hidden))
+            states or states.append(_room(walk.file, hidden, (len(walk.samples), *hidden.shape[1:])))
             states[0][begin : begin + len(hidden)] = hidden
         if position == len(walk.blocks) - 1:
             raise Enough
@@ -114,18 +115,17 @@ def _same(one: Call, other: Call) -> bool:
     )
 
 
-def _room(walk: Walk, hidden: Tensor) -> Tensor:
-    """For the hidden states of all samples; on the disk as pages of a file, which the kernel may give up."""
-    shape = (len(walk.samples), *hidden.shape[1:])
-    if walk.file is None:
-        return hidden.new_empty(shape)
+def _room(path: Path | None, like: Tensor, shape: Sequence[int]) -> Tensor:
+    """For the hidden states of all samples; in a file as pages that the kernel may give up."""
+    if path is None:
+        return like.new_empty(shape)
     count = torch.Size(shape).numel()
     try:
-        with walk.file.open("wb") as file:
-            os.posix_fallocate(file.fileno(), 0, count * hidden.element_size())  # a full disk is told here, and not by a dead process
+        with path.open("wb") as file:
+            os.posix_fallocate(file.fileno(), 0, count * like.element_size())  # a full disk is told here, and not by a dead process
     except OSError as error:
-        raise TightfitError(f"cannot write `{walk.file}`: {error.strerror}", hint="make room, or give fewer samples") from error
-    return torch.from_file(str(walk.file), shared=True, size=count, dtype=hidden.dtype).view(shape)
+        raise TightfitError(f"cannot write `{path}`: {error.strerror}", hint="make room, or give fewer samples") from error
+    return torch.from_file(str(path), shared=True, size=count, dtype=like.dtype).view(shape)
 
 
 def _without_cache(model: nn.Module) -> dict[str, Any]:
@@ -160,7 +160,30 @@ def _through(block: nn.Module, hidden: Tensor, call: Call) -> Tensor:
     return output[0] if isinstance(output, tuple) else output
 
 
-def alike(walk: Walk, block: nn.Module, layers: list[str], states: Tensor, call: Call) -> list[list[str]]:
+@dataclass(frozen=True)
+class Door:
+    """A block, the hidden states of all samples that enter it, and what else it is called with.  # states: (samples, tokens, d)"""
+
+    block: nn.Module
+    states: Tensor
+    call: Call
+
+
+def twin_of(block: nn.Module) -> nn.Module:
+    """Other modules around the very same tensors: layers that are replaced in the one stay in the other."""
+    return copy.deepcopy(block, {id(tensor): tensor for tensor in (*block.parameters(), *block.buffers())})
+
+
+def copied(walk: Walk, states: Tensor) -> Tensor:
+    """The states once more, where they rest."""
+    return _room(walk.file and walk.file.with_stem(f"{DENSE}{walk.file.stem}"), states, states.shape).copy_(states)
+
+
+DENSE = "dense-"
+"""What the file of the dense model's states is called before its name."""
+
+
+def alike(walk: Walk, door: Door, layers: list[str]) -> list[list[str]]:
     """Linear layers that are called with the very same tensor, in the order of their first call."""
     found: dict[int, list[str]] = {}
     kept: list[Tensor] = []  # so that no other tensor takes a freed one's place
@@ -173,36 +196,51 @@ def alike(walk: Walk, block: nn.Module, layers: list[str], states: Tensor, call:
 
     with ExitStack() as hooks:
         for name in layers:
-            hooks.callback(block.get_submodule(name).register_forward_pre_hook(partial(note, name)).remove)
-        _through(block, states[: walk.rows].to(walk.device), call)
+            hooks.callback(door.block.get_submodule(name).register_forward_pre_hook(partial(note, name)).remove)
+        _through(door.block, door.states[: walk.rows].to(walk.device), door.call)
     return [names for names in found.values() if names]
 
 
-def hessian_of(walk: Walk, block: nn.Module, layer: nn.Module, states: Tensor, call: Call) -> Tensor:
-    """The mean of `2 x xᵀ` over all tokens that `layer` is fed.  # → (columns, columns) float32"""
-    seen = 0
-    total: Tensor | None = None
+def hessian_of(walk: Walk, name: str, door: Door, dense: Door | None) -> tuple[Tensor, Tensor | None]:
+    """The means of `2 x xᵀ` and of `2 y xᵀ` over all tokens: x is what the layer is fed, y what it is fed in the dense block.
 
-    def gather(_module: nn.Module, args: tuple[Any, ...]) -> None:
-        nonlocal seen, total
-        x = args[0].reshape(-1, args[0].shape[-1]).float()
-        total = x.new_zeros(x.shape[1], x.shape[1]) if total is None else total
-        total.addmm_(x.t(), x, alpha=2.0)
+    # → two of (columns, columns) float32; no second without a dense block, or where the layer (an expert) does not see every token
+    """
+    seen, hessian, cross = 0, None, None
+    for at in range(0, len(walk.samples), walk.rows):
+        part = slice(at, at + walk.rows)
+        x = _fed(walk, name, door, part)
+        if x is None:
+            continue
+        hessian = x.new_zeros(x.shape[1], x.shape[1]) if hessian is None else hessian
+        hessian.addmm_(x.t(), x, alpha=2.0)
         seen += len(x)
+        y = _fed(walk, name, dense, part) if dense and len(x) == walk.samples[part].numel() else None
+        if y is not None:
+            cross = torch.zeros_like(hessian) if cross is None else cross
+            cross.addmm_(y.t(), x, alpha=2.0)
+    assert hessian is not None, "`alike` named a layer that is called"
+    return hessian.div_(seen), cross if cross is None else cross.div_(seen)
+
+
+def _fed(walk: Walk, name: str, door: Door, part: slice) -> Tensor | None:
+    """What the layer is fed for some samples; None where it is not called.  # → (tokens, columns) float32"""
+    found: list[Tensor] = []
+
+    def take(_module: nn.Module, args: tuple[Any, ...]) -> None:
+        found.append(args[0].reshape(-1, args[0].shape[-1]).float())
         raise Enough
 
-    handle = layer.register_forward_pre_hook(gather)
+    handle = door.block.get_submodule(name).register_forward_pre_hook(take)
     try:
-        for part in states.split(walk.rows):
-            with suppress(Enough):
-                _through(block, part.to(walk.device), call)
+        with suppress(Enough):
+            _through(door.block, door.states[part].to(walk.device), door.call)
     finally:
         handle.remove()
-    assert total is not None
-    return total.div_(seen)
+    return found[0] if found else None
 
 
-def advance(walk: Walk, block: nn.Module, states: Tensor, call: Call) -> None:
+def advance(walk: Walk, door: Door) -> None:
     """Let all samples through the block as it is now, in place."""
-    for part in states.split(walk.rows):
-        part.copy_(_through(block, part.to(walk.device), call))
+    for part in door.states.split(walk.rows):
+        part.copy_(_through(door.block, part.to(walk.device), door.call))

@@ -21,7 +21,7 @@ from tightfit.describe.skeleton import Skeleton
 from tightfit.formats.experts import QuantizedExperts
 from tightfit.formats.linear import QuantizedLinear, replace
 from tightfit.formats.stored import StoredFormat
-from tightfit.runtime.calibrate import Call, Walk, advance, alike, first_states, hessian_of
+from tightfit.runtime.calibrate import DENSE, Call, Door, Walk, advance, alike, copied, first_states, hessian_of, twin_of
 from tightfit.runtime.files import copy_companions, read_json, settle, write_json, write_tensors
 from tightfit.runtime.placing import Placing
 from tightfit.terms.errors import TightfitError
@@ -69,18 +69,10 @@ def quantize(job: Job, folder: Path, resume: bool = False) -> None:
     with torch.inference_mode():
         job.placing.place_outside()
         walk = Walk(job.model, job.blocks, job.samples, job.rows, job.device, work / STATES if job.on_disk else None)
-        states, calls = first_states(walk) if job.technique.needs_inputs() else (None, None)
-        for position, (path, block) in enumerate(job.blocks):
-            shard = work / _shard(position, len(job.blocks))
-            if shard.exists():
-                _fill_from(job, path, block, shard)
-            else:
-                job.placing.place_block(path)
-                _solve_block(job, walk, position, states, calls)
-                write_tensors(shard, {f"{path}.{name}": tensor for name, tensor in block.state_dict().items()})
-            if states is not None:
-                advance(walk, block, states, calls[position])
-            block.to("meta")
+        states, calls = first_states(walk) if job.technique.needs_inputs() else (None, [])
+        dense_states = copied(walk, states) if states is not None and job.technique.needs_dense_inputs() else None
+        for position in range(len(job.blocks)):
+            _do_block(job, walk, position, work / _shard(position, len(job.blocks)), states, dense_states, calls)
         outside = _outside(job)
     write_tensors(work / _shard(len(job.blocks), len(job.blocks)), outside)
     _finish(job, work, folder)
@@ -141,20 +133,35 @@ def _shard(position: int, blocks: int) -> str:
     return f"model-{position + 1:05d}-of-{blocks + 1:05d}.safetensors"
 
 
-def _solve_block(job: Job, walk: Walk, position: int, states: Tensor | None, calls: list[Call]) -> None:
+def _do_block(
+    job: Job, walk: Walk, position: int, shard: Path, states: Tensor | None, dense_states: Tensor | None, calls: list[Call]
+) -> None:
+    """Solve a block and write it, or take it from an earlier run's shard; then lead the states through it, and the dense ones as it was."""
+    path, block = job.blocks[position]
+    if not shard.exists() or dense_states is not None:
+        job.placing.place_block(path)
+    door = None if states is None else Door(block, states, calls[position])
+    dense = None if dense_states is None else Door(twin_of(block), dense_states, calls[position])
+    if shard.exists():
+        _fill_from(job, path, block, shard)
+    else:
+        _solve_block(job, walk, position, door, dense)
+        write_tensors(shard, {f"{path}.{name}": tensor for name, tensor in block.state_dict().items()})
+    for each in (door, dense):
+        if each:
+            advance(walk, each)
+    block.to("meta")
+
+
+def _solve_block(job: Job, walk: Walk, position: int, door: Door | None, dense: Door | None) -> None:
     """Layers that are fed alike at once, in the order in which they are called; those after see what those before became."""
     path, block = job.blocks[position]
     inside = _inside(job, path)
     linear = [name for name in inside if isinstance(job.target.get_submodule(f"{path}.{name}"), QuantizedLinear)]
-    if states is None:
-        groups = [(linear, torch.empty(0))]
-    else:
-        call = calls[position]
-        fed = alike(walk, block, linear, states, call)
-        groups = ((names, hessian_of(walk, block, block.get_submodule(names[0]), states, call)) for names in fed)
-    for names, hessian in groups:
+    for names in alike(walk, door, linear) if door else [linear]:
+        hessian, cross = hessian_of(walk, names[0], door, dense) if door else (torch.empty(0), None)
         for name in names:
-            _solve(job, path, block, name, hessian)
+            _solve(job, path, block, name, hessian, cross)
     for name in inside:
         if not isinstance(block.get_submodule(name), Absorbs):
             _absorb(job, path, block, name)  # fused experts, and layers that the first samples do not reach
@@ -164,11 +171,11 @@ def _inside(job: Job, path: str) -> list[str]:
     return [layer.removeprefix(f"{path}.") for layer in job.layers if layer.startswith(f"{path}.")]
 
 
-def _solve(job: Job, path: str, block: nn.Module, name: str, hessian: Tensor) -> None:
+def _solve(job: Job, path: str, block: nn.Module, name: str, hessian: Tensor, cross: Tensor | None) -> None:
     dense, layer = block.get_submodule(name), job.target.get_submodule(f"{path}.{name}")
     weight = dense.weight.t() if layer.transposed else dense.weight
     try:
-        tensors = job.technique.solve(weight.float().contiguous(), hessian)
+        tensors = job.technique.solve(weight.float().contiguous(), hessian, cross)
     except TightfitError as error:
         raise TightfitError(f"`{path}.{name}`: {error}", hint=error.hint) from error
     layer.keep(tensors)
@@ -234,7 +241,8 @@ def _finish(job: Job, work: Path, folder: Path) -> None:
     config["architectures"] = [job.skeleton.model_class.__name__]
     write_json(work / "config.json", config)
     copy_companions(job.skeleton.folder, work)
-    (work / STATES).unlink(missing_ok=True)
+    for states in (STATES, DENSE + STATES):
+        (work / states).unlink(missing_ok=True)
     if folder.exists():
         folder.rmdir()
     os.replace(work, folder)

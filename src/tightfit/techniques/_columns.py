@@ -4,6 +4,7 @@ What GPTQ and LeanQuant share: the Hessian of a layer's squared output error, it
 it. Errors are `tr (W - Q) H (W - Q)ᵀ`; all is in float32.
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -35,6 +36,16 @@ class Layer:
         hessian = self.hessian.clone()
         hessian.diagonal().add_(share * hessian.diagonal().mean())
         return Layer(self.weight, hessian)
+
+    def aimed(self, cross: Tensor, found: "Factor", share: float) -> "Layer":
+        """The weight that gives from the inputs x what the layer gave from the dense model's y, `share` of the way; H damped.
+
+        `Σ (W y - Q x)²` is least at `Q = W C H⁻¹`, C being the mean of 2 y xᵀ.  # cross (columns, columns)
+        """
+        missed = (self.weight @ (cross - self.hessian))[:, found.order]
+        weight = self.weight.clone()
+        weight[:, found.order] += share * (missed @ found.upper.t() @ found.upper)
+        return Layer(weight, self.hessian)
 
     def error(self, dense: Tensor) -> Tensor:
         """Squared output error of each row.  # (rows, columns) → (rows,)"""
@@ -152,6 +163,21 @@ def solve_bytes(rows: int, columns: int, fits: bool) -> int:
     """
     square, matrix = 4 * columns * columns, 4 * rows * columns
     return max(7 * square + 2 * matrix, 4 * square + 6 * matrix + matrix // 2) + (SLICES if fits else 0)
+
+
+def walked(layer: Layer, found: Factor, grids: Iterable[Grid]) -> tuple[Tensor, Grid]:
+    """Codes on each of `grids`; every row keeps the grid on which its damped error came out least.  # → codes (rows, columns), the grid"""
+    damped, kept = layer.damped(found.damping), None
+    for grid in grids:
+        codes = walk(layer, found, grid)
+        error = damped.error(grid.dense(codes))
+        if kept is None:
+            kept = codes, grid, error
+        else:
+            better = error < kept[2]
+            kept = torch.where(better[:, None], codes, kept[0]), grid.where(better, kept[1]), torch.where(better, error, kept[2])
+    assert kept is not None, "one grid at least"
+    return kept[0], kept[1]
 
 
 def polished(layer: Layer, codes: Tensor, grid: Grid, rounds: int) -> tuple[Tensor, Grid]:

@@ -47,7 +47,11 @@ class GPTQ:
         """Always."""
         return True
 
-    def solve(self, weight: Tensor, hessian: Tensor) -> tuple[Tensor, ...]:
+    def needs_dense_inputs(self) -> bool:
+        """Never: errors of the layers before are left as they are."""
+        return False
+
+    def solve(self, weight: Tensor, hessian: Tensor, cross: Tensor | None = None) -> tuple[Tensor, ...]:
         """Algorithm 1 on grids that are fixed before."""
         from tightfit.formats.affine import AffineCodec
         from tightfit.formats.grids import range_grid

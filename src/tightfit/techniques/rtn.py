@@ -39,7 +39,11 @@ class RTN:
         """Never."""
         return False
 
-    def solve(self, weight: Tensor, hessian: Tensor) -> tuple[Tensor, ...]:
+    def needs_dense_inputs(self) -> bool:
+        """Never."""
+        return False
+
+    def solve(self, weight: Tensor, hessian: Tensor, cross: Tensor | None = None) -> tuple[Tensor, ...]:
         """Nothing but rounding."""
         from tightfit.formats.affine import AffineCodec
 

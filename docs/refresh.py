@@ -154,7 +154,7 @@ def tidy(text: str) -> str:
 
 def table(name: str) -> str:
     """A generated table, in Markdown."""
-    return {"techniques": _techniques, "families": _families, "beside": _beside}[name]()
+    return {"techniques": _techniques, "families": _families, "beside": _beside, "bits": _bits}[name]()
 
 
 def _techniques() -> str:
@@ -189,6 +189,26 @@ def _beside() -> str:
         beside = f"{peers[settings['peer']]}: {found['speedup']:.1f} times as long"
         rows.append(f"| {model} | {settings['ram']} | {found['seconds_per_token']:.2f} s{floor} | {beside} |")
     return "\n".join(["| A model of | in | a token takes | beside it |", "|---|---|---|---|", *rows])
+
+
+def _bits() -> str:
+    """What `quantize_quality` measured of each model at four, three and two bits, lean beside what it grew from."""
+    models = {
+        "demo": ("`tightfit-demo`", "perplexity"),
+        "stories260k": ("stories260K", "perplexity"),
+        "minilm": ("all-MiniLM-L6-v2", "cosine to the dense embeddings"),
+    }
+    ways = {"lean": "**lean**", "gptq-strong": "gptq, grouped and searched", "gptq": "gptq", "rtn": "rtn"}
+    rows = []
+    for model, (name, measure) in models.items():
+        result = json.loads((ROOT / "bench" / "quantize_quality" / "results" / f"{model}.json").read_text())
+        score = measure.split()[0]
+        for way, called in ways.items():
+            found = [result["summary"][bits].get(way) for bits in ("4", "3", "2")]
+            cells = " | ".join(f"{each[score]:.3f} ({each['bits_per_weight']:.2f})" if each else "" for each in found)
+            shown = f"{name}, {measure}: dense {result['dense'][score]:.3f}" if way == "lean" else ""
+            rows.append(f"| {shown} | {called} | {cells} |")
+    return "\n".join(["| Model | | 4 bits | 3 bits | 2 bits |", "|---|---|---|---|---|", *rows])
 
 
 def refreshed(page: Path, folder: Path) -> str:

@@ -198,7 +198,7 @@ def _bits() -> str:
         "stories260k": ("stories260K", "perplexity"),
         "minilm": ("all-MiniLM-L6-v2", "cosine to the dense embeddings"),
     }
-    ways = {"lean": "**lean**", "gptq-strong": "gptq, grouped and searched", "gptq": "gptq", "rtn": "rtn"}
+    ways = {"lean": "**lean**", "lean-affine-grouped": "lean, affine, grouped", "gptq-strong": "gptq, grouped and searched", "rtn": "rtn"}
     rows = []
     for model, (name, measure) in models.items():
         result = json.loads((ROOT / "bench" / "quantize_quality" / "results" / f"{model}.json").read_text())

@@ -21,7 +21,7 @@ from tightfit.describe.blocks import blocks_of
 from tightfit.formats.linear import QuantizedLinear
 
 HQQ_GROUP = 64
-"""Weights that share a scale and a zero of 16 bits, as torchao's and HQQ's examples have it."""
+"""Weights that share a scale and a zero of 16 bits, as torchao's and HQQ's examples have it; a whole row where that does not divide it."""
 
 K_QUANTS = {4: "Q4_K_S", 3: "Q3_K_S", 2: "Q2_K"}
 """llama.cpp's mixes. Rows whose length is no multiple of 256 get another of its types, which is larger."""
@@ -53,12 +53,14 @@ def _nf4(model: nn.Module, double_quantization: bool) -> tuple[nn.Module, float]
 def _hqq(weights: dict[str, Tensor], bits: int) -> tuple[dict[str, Tensor], float]:
     from torchao.quantization.quant_primitives import _choose_qparams_and_quantize_affine_hqq as choose
 
-    found = {}
+    found, stored_bits = {}, 0.0
     for path, weight in weights.items():
-        codes, scale, zero, _ = choose(weight, nbits=bits, group_size=HQQ_GROUP, device="cpu", raw_output=True)
-        steps = codes.float().reshape(-1, HQQ_GROUP) - zero.float().reshape(-1, 1)
+        group = HQQ_GROUP if weight.shape[1] % HQQ_GROUP == 0 else weight.shape[1]
+        codes, scale, zero, _ = choose(weight, nbits=bits, group_size=group, device="cpu", raw_output=True)
+        steps = codes.float().reshape(-1, group) - zero.float().reshape(-1, 1)
         found[path] = (steps * scale.float().reshape(-1, 1)).view_as(weight)
-    return found, sum(weight.numel() for weight in weights.values()) * (bits + 32 / HQQ_GROUP)
+        stored_bits += weight.numel() * (bits + 32 / group)
+    return found, stored_bits
 
 
 def _k_quants(weights: dict[str, Tensor], model: nn.Module, bits: int) -> tuple[dict[str, Tensor], float]:

@@ -28,7 +28,7 @@ from subjects import Subject, subject_of
 
 HERE = Path(__file__).resolve().parent
 RESULTS = HERE / "results"
-EXPLORED = ("power", "weighting", "damping", "rounds", "act_order")
+EXPLORED = ("power", "weighting", "spread", "aim", "damping", "rounds", "act_order")
 
 Job = tuple[str, int, int]
 """Method, bits, seed."""

@@ -10,7 +10,7 @@ from layers import hessian_for, weight_for
 from stages import clock_of
 from torch import Tensor
 
-from tightfit.formats.grids import range_grid
+from tightfit.formats.ranges import range_grid
 from tightfit.techniques._columns import factor, settle
 
 

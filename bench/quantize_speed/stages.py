@@ -68,16 +68,16 @@ def watched(parts: Sequence[Part], clock: Clock) -> Iterator[Stages]:
 
 def solver_parts() -> list[Part]:
     """The stages of every solver."""
-    from tightfit.formats import affine, grids
+    from tightfit.formats import affine, grids, ranges
     from tightfit.techniques import _columns
 
     return [
         (_columns, "settle", "factor"),
         (_columns, "factor", "factor"),
         (grids, "fit_table", "grid"),
-        (grids, "range_grid", "grid"),
+        (ranges, "range_grid", "grid"),
         (affine, "range_grid", "grid"),
-        (_columns, "walk", "walk"),
+        (_columns, "_walk", "walk"),
         (_columns, "polished", "errors"),
         (_columns, "descend", "descents"),
         (grids.TableGrid, "refitted", "refits"),

@@ -5,7 +5,8 @@ import itertools
 import pytest
 import torch
 
-from tightfit.formats.grids import AffineGrid, Ranked, TableGrid, fit_table, k_means, min_max, range_grid, search_range, stored
+from tightfit.formats.grids import AffineGrid, Ranked, TableGrid, fit_table, k_means, stored
+from tightfit.formats.ranges import min_max, range_grid, search_range
 
 
 def drawn(*shape, seed=0):
@@ -87,7 +88,7 @@ def test_the_search_finds_what_trying_every_range_finds():
 
 
 def rounding(rows, grid):
-    return torch.stack([(rows[:, at] - grid.nearest(at, rows[:, at])[1]) ** 2 for at in range(rows.shape[1])]).sum(dim=0)
+    return torch.stack([(rows[:, at] - grid.nearest(at, rows[:, at].contiguous())[1]) ** 2 for at in range(rows.shape[1])]).sum(dim=0)
 
 
 @pytest.mark.parametrize("grid", ["table", "affine", "grouped"])
@@ -95,9 +96,10 @@ def test_a_refit_is_what_least_squares_give(grid):
     weight, root = drawn(3, 64), drawn(64, 64, seed=1)
     hessian = root @ root.t() / 64 + 0.1 * torch.eye(64)
     found = TableGrid(fit_table(weight, 2)) if grid == "table" else range_grid(weight, 3, 2 if grid == "grouped" else 1, searched=False)
-    codes = torch.stack([found.nearest(at, weight[:, at])[0] for at in range(64)], dim=1)
+    codes = torch.stack([found.nearest(at, weight[:, at].contiguous())[0] for at in range(64)], dim=1)
+    pull = (weight - found.dense(codes)) @ hessian
     lower = torch.linalg.cholesky(hessian.double()).t()  # |lower (w - q)|² is the error
-    for row, refitted in enumerate(_values(found.refitted(codes, weight, hessian))):
+    for row, refitted in enumerate(_values(found.refitted(codes, pull, hessian, torch.zeros(3)))):
         design = _design(found, codes, row)
         expected = torch.linalg.lstsq(lower @ design, (lower @ weight[row].double())[:, None]).solution[:, 0]
         assert torch.allclose(refitted.double(), expected, rtol=0.01, atol=2e-3)  # 8 bits of mantissa
@@ -117,7 +119,8 @@ def _design(grid, codes, row):
 
 def test_values_without_weights_stay_in_a_refit():
     grid = TableGrid(torch.tensor([[-1.0, 0.0, 1.0, 5.0]]))
-    refitted = grid.refitted(torch.tensor([[0, 1, 2, 2]], dtype=torch.uint8), torch.tensor([[-1.5, 0.25, 1.0, 2.0]]), torch.eye(4))
+    codes, weight = torch.tensor([[0, 1, 2, 2]], dtype=torch.uint8), torch.tensor([[-1.5, 0.25, 1.0, 2.0]])
+    refitted = grid.refitted(codes, weight - grid.dense(codes), torch.eye(4), torch.zeros(1))
     assert refitted.table.tolist() == [[-1.5, 0.25, 1.5, 5.0]]
 
 

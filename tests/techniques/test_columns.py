@@ -1,11 +1,13 @@
 """Columns: the walk against OBQ by its definition, descents against trying every change, and what happens to bad Hessians."""
 
+from dataclasses import replace
 from itertools import pairwise
 
 import pytest
 import torch
 
-from tightfit.formats.grids import TableGrid, fit_table, range_grid
+from tightfit.formats.grids import TableGrid, fit_table
+from tightfit.formats.ranges import range_grid
 from tightfit.rehearse.meter import Meter
 from tightfit.techniques import _columns
 from tightfit.techniques._columns import Layer, descend, factor, polished, settle, walk, walked
@@ -90,16 +92,40 @@ def test_a_descent_ends_where_no_single_change_helps():
     given = layer(rows=4, columns=16)
     grid = TableGrid(fit_table(given.weight, 2))
     codes = torch.zeros(4, 16, dtype=torch.uint8)
-    errors = [given.error(grid.dense(codes))]
+    errors, pull = [given.error(grid.dense(codes))], given.pull(grid.dense(codes))
     for _ in range(30):
-        codes = descend(given, codes, grid)
+        codes, pull = descend(given, codes, grid, pull)
         errors.append(given.error(grid.dense(codes)))
+    assert torch.allclose(pull, given.pull(grid.dense(codes)), atol=1e-4 * float(pull.abs().max()))  # carried along, it stays true
     assert all(bool((later <= before * (1 + 1e-5)).all()) for before, later in pairwise(errors))
     for column in range(16):
         for code in range(4):
             tried = codes.clone()
             tried[:, column] = code
             assert bool((given.error(grid.dense(tried)) >= errors[-1] * (1 - 1e-4)).all())
+
+
+@pytest.mark.parametrize("ordered", [True, False])
+def test_a_walk_knows_its_error(ordered):
+    given = layer(rows=20)
+    found, grid = factor(given, 0.05, ordered), TableGrid(fit_table(given.weight, 2))
+    codes, error = _columns._walk(given, found, grid)
+    assert torch.allclose(error, given.damped(0.05).error(grid.dense(codes)), rtol=1e-3)
+
+
+@pytest.mark.parametrize("kind", ["table", "affine"])
+def test_a_refit_that_helps_no_row_changes_nothing(kind, monkeypatch):
+    given = layer(rows=20)
+    grid = TableGrid(fit_table(given.weight, 2)) if kind == "table" else range_grid(given.weight, 2, 1, searched=True)
+    codes = walk(given, factor(given, 0.01, ordered=True), grid)
+    pull = given.pull(grid.dense(codes))
+    worse = TableGrid(grid.table * 3) if kind == "table" else replace(grid, scale=grid.scale * 3)
+    mixed = worse.where(torch.arange(20) < 10, grid.refitted(codes, pull.t(), given.hessian, torch.zeros(20)))
+    monkeypatch.setattr(type(grid), "refitted", lambda *_: mixed)
+    kept, left = _columns._refitted(given, codes, grid, pull, torch.zeros(20))
+    assert torch.equal(kept.dense(codes)[:10], grid.dense(codes)[:10]) and torch.equal(left[:, :10], pull[:, :10])
+    assert given.error(kept.dense(codes))[10:].sum() < given.error(grid.dense(codes))[10:].sum()
+    assert torch.allclose(left, given.pull(kept.dense(codes)), atol=1e-4 * float(pull.abs().max()))
 
 
 @pytest.mark.parametrize("kind", ["table", "affine"])

@@ -7,9 +7,10 @@ import torch
 from torch import Tensor
 
 from tightfit.formats.codec import SLICED, Codec, Part, Shape, check_finite
-from tightfit.formats.grids import AffineGrid, range_grid
+from tightfit.formats.grids import AffineGrid
 from tightfit.formats.kernels import affine_decode, affine_decode_bytes, affine_product, has_product, padded_bytes
 from tightfit.formats.packing import pack, packed_bytes
+from tightfit.formats.ranges import range_grid
 from tightfit.terms.errors import TightfitError
 
 GROUP_STEP = 32

@@ -6,15 +6,18 @@ search over ranges, costs the logarithm of the row's length.
 """
 
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Protocol, Self
 
 import torch
 from torch import Tensor
 
+from tightfit.formats.refit import best_change
+
 ROUNDS = 100
 """Of k-means at most; it ends when nothing moves any more."""
 
-_SLICE = 1 << 18
+FITTED = 1 << 18
 """Weights that are fitted at a time: three running sums in float64 for each."""
 
 
@@ -29,8 +32,11 @@ class Grid(Protocol):
         """The values of all codes.  # (rows, columns) uint8 → (rows, columns)"""
         ...
 
-    def refitted(self, codes: Tensor, weight: Tensor, hessian: Tensor) -> Self:
-        """The grid with the least error `(weight - dense) H (weight - dense)ᵀ` in every row for these codes, rounded as it is stored."""
+    def refitted(self, codes: Tensor, pull: Tensor, hessian: Tensor, enough: Tensor) -> Self:
+        """The grid with the least error `(weight - dense) H (weight - dense)ᵀ` in every row for these codes, rounded as it is stored.
+
+        # codes and pull (rows, columns), pull = (weight - dense) H on this grid; enough (rows,): how far above the least it may end
+        """
         ...
 
     def where(self, rows: Tensor, other: Self) -> Self:
@@ -44,28 +50,37 @@ class TableGrid:
 
     table: Tensor
 
+    @cached_property
+    def middles(self) -> Tensor:
+        """Between which a value is the nearest.  # (rows, 2^bits - 1)"""
+        return (self.table[:, 1:] + self.table[:, :-1]) / 2
+
     def nearest(self, column: int, weight: Tensor) -> tuple[Tensor, Tensor]:
         """As `Grid` says; ties go to the lower value."""
-        middles = (self.table[:, 1:] + self.table[:, :-1]) / 2
-        codes = (weight[:, None] > middles).sum(dim=1)
-        return codes.to(torch.uint8), self.table.gather(1, codes[:, None]).squeeze(1)
+        codes = torch.searchsorted(self.middles, weight[:, None])
+        return codes[:, 0].to(torch.uint8), self.table.gather(1, codes)[:, 0]
 
     def dense(self, codes: Tensor) -> Tensor:
-        """As `Grid` says."""
-        return self.table.gather(1, codes.long())
+        """As `Grid` says; slice by slice, for indices are eight times as large as codes."""
+        dense = self.table.new_empty(codes.shape)
+        for rows in _slices(codes, 4):
+            torch.gather(self.table[rows], 1, codes[rows].long(), out=dense[rows])
+        return dense
 
-    def refitted(self, codes: Tensor, weight: Tensor, hessian: Tensor) -> "TableGrid":
-        """The table `t` solves `(CᵀHC) t = CᵀH w`, where C says which code each column has. A value that no weight has stays."""
-        levels, table = self.table.shape[1], self.table.clone()
-        step = max(1, _SLICE * 4 // (hessian.shape[0] * levels))
-        for rows in torch.arange(len(codes)).split(step):
-            chosen = torch.nn.functional.one_hot(codes[rows].long(), levels).to(hessian.dtype)  # (rows, columns, levels)
-            spread = torch.einsum("ij,rjl->ril", hessian, chosen)
-            products = chosen.transpose(1, 2) @ spread
-            aims = torch.einsum("ril,ri->rl", spread, weight[rows])
-            table[rows] = _solved(products, aims, self.table[rows])
-        ascends = (table.diff(dim=1) >= 0).all(dim=1, keepdim=True)  # else codes would no longer be nearest
+    def refitted(self, codes: Tensor, pull: Tensor, hessian: Tensor, enough: Tensor) -> "TableGrid":
+        """As `Grid` says. A value without weights stays, and so does a table that would no longer ascend: codes would not be nearest."""
+        table = torch.cat([self._moved(rows, codes[rows].long(), pull[rows], hessian, enough[rows]) for rows in _slices(codes, 4)])
+        ascends = (table.diff(dim=1) >= 0).all(dim=1, keepdim=True)
         return TableGrid(stored(torch.where(ascends, table, self.table)))
+
+    def _moved(self, rows: slice, codes: Tensor, *fit: Tensor) -> Tensor:
+        def decode(change: Tensor) -> Tensor:
+            return change.float().gather(1, codes)
+
+        def sums(dense: Tensor) -> Tensor:
+            return dense.new_zeros(len(dense), self.table.shape[1], dtype=torch.float64).scatter_add_(1, codes, dense.double())
+
+        return self.table[rows] + best_change(decode, sums, *fit)
 
     def where(self, rows: Tensor, other: "TableGrid") -> "TableGrid":
         """As `Grid` says."""
@@ -99,16 +114,20 @@ class AffineGrid:
     def _steps(self, codes: Tensor) -> Tensor:
         return codes.to(self.scale.dtype).unflatten(1, (-1, self.group)) - self.zero[:, :, None]
 
-    def refitted(self, codes: Tensor, weight: Tensor, hessian: Tensor) -> "AffineGrid":
-        """The scales of a row together, for zeros as they are: one normal equation a group."""
-        steps, groups, scale = self._steps(codes), self.scale.shape[1], self.scale.clone()  # steps: (rows, groups, columns of a group)
-        parts = hessian.unflatten(0, (groups, self.group))  # (groups, columns of a group, columns)
-        for rows in torch.arange(len(codes)).split(max(1, _SLICE * 8 // (groups * self.columns))):
-            spread = torch.einsum("rgi,gij->rgj", steps[rows], parts)
-            products = torch.einsum("rghj,rhj->rgh", spread.unflatten(2, (groups, self.group)), steps[rows])
-            aims = torch.einsum("rgj,rj->rg", spread, weight[rows])
-            scale[rows] = _solved(products, aims, self.scale[rows])
+    def refitted(self, codes: Tensor, pull: Tensor, hessian: Tensor, enough: Tensor) -> "AffineGrid":
+        """As `Grid` says: the scales of a row together, for zeros as they are."""
+        steps = self._steps(codes)  # (rows, groups, columns of a group)
+        scale = torch.cat([self._moved(rows, steps[rows], pull[rows], hessian, enough[rows]) for rows in _slices(codes, 4)])
         return replace(self, scale=stored(torch.where(scale > 0, scale, self.scale)))
+
+    def _moved(self, rows: slice, steps: Tensor, *fit: Tensor) -> Tensor:
+        def decode(change: Tensor) -> Tensor:
+            return (change.float()[:, :, None] * steps).flatten(1)
+
+        def sums(dense: Tensor) -> Tensor:
+            return (dense.view_as(steps) * steps).sum(dim=2, dtype=torch.float64)
+
+        return self.scale[rows] + best_change(decode, sums, *fit)
 
     def where(self, rows: Tensor, other: "AffineGrid") -> "AffineGrid":
         """As `Grid` says."""
@@ -121,14 +140,10 @@ def stored(values: Tensor) -> Tensor:
     return values.to(torch.bfloat16).to(torch.float32)
 
 
-def _solved(products: Tensor, aims: Tensor, old: Tensor) -> Tensor:
-    """The change of `old` that least squares ask for; what has no say (a zero on the diagonal) keeps its value."""
-    diagonal = products.diagonal(dim1=1, dim2=2)
-    tiny = 1e-6 * diagonal.mean(dim=1, keepdim=True).clamp(min=1e-30)
-    safe = products + torch.diag_embed(tiny + (diagonal <= 0))
-    rest = aims - torch.einsum("rij,rj->ri", products, old)
-    found = old + torch.linalg.solve(safe, rest)
-    return torch.where((diagonal > 0) & found.isfinite(), found, old)
+def _slices(codes: Tensor, many: int) -> list[slice]:
+    """Rows with at most `many` times `FITTED` codes together."""
+    step = max(1, many * FITTED // codes.shape[1])
+    return [slice(start, start + step) for start in range(0, len(codes), step)]
 
 
 @dataclass(frozen=True)
@@ -151,19 +166,20 @@ class Ranked:
         moments = (weights, weights * wide, weights * wide * wide)
         return cls(values, tuple(torch.nn.functional.pad(moment.cumsum(dim=1), (1, 0)) for moment in moments))  # type: ignore[arg-type]
 
-    def between(self, middles: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """The three sums of what lies before, between and after ascending `middles`.  # (rows, k - 1) → three of (rows, k)"""
+    def before(self, middles: Tensor) -> tuple[Tensor, Tensor]:
+        """Sums of a and of a·w over what lies before ascending `middles`.  # (rows, k) → two of (rows, k)"""
         ends = torch.searchsorted(self.values, middles)
-        first, last = ends.new_zeros(len(ends), 1), ends.new_full((len(ends), 1), self.values.shape[1])
-        edges = torch.cat([first, ends, last], dim=1)
-        a, aw, aww = (total.gather(1, edges).diff(dim=1) for total in self.sums)
-        return a, aw, aww
+        return self.sums[0].gather(1, ends), self.sums[1].gather(1, ends)
 
     def error(self, grid: Tensor) -> Tensor:
-        """`Σ a (w - nearest)²` on an ascending grid.  # (rows, k) → (rows,) float64"""
-        a, aw, aww = self.between((grid[:, 1:] + grid[:, :-1]) / 2)
-        wide = grid.double()
-        return (aww - 2 * wide * aw + wide * wide * a).sum(dim=1)
+        """`Σ a (w - nearest)²` on an ascending grid, reckoned downwards: as if all weights took the greatest value, then what those before
+        a middle m save by the value below it, which lies a step s lower: `2 s Σ a (m - w)`.  # (rows, k) → (rows,) float64
+        """
+        a, aw = self.before((grid[:, 1:] + grid[:, :-1]) / 2)
+        wide, (all_a, all_aw, all_aww) = grid.double(), (total[:, -1] for total in self.sums)
+        greatest, middles = wide[:, -1], (wide[:, 1:] + wide[:, :-1]) / 2
+        saved = 2 * (wide.diff(dim=1) * (middles * a - aw)).sum(dim=1)
+        return all_aww - 2 * greatest * all_aw + greatest * greatest * all_a - saved
 
 
 def fit_table(rows: Tensor, bits: int, importance: Tensor | None = None) -> Tensor:
@@ -172,7 +188,7 @@ def fit_table(rows: Tensor, bits: int, importance: Tensor | None = None) -> Tens
     The paper starts evenly at 2 and 3 bits and by k-means++ at 4, and ends in local optima: at 4 bits half above the least error.
     # rows (rows, n), importance (n,) → (rows, 2^bits) float32, exact in bfloat16
     """
-    step = max(1, min(_SLICE // rows.shape[1], 2 * _SLICE // BINS**2))
+    step = max(1, min(FITTED // rows.shape[1], 2 * FITTED // BINS**2))
     return torch.cat([_fit_table(part, 2**bits, importance) for part in rows.split(step)])
 
 
@@ -198,16 +214,16 @@ def _binned_start(ranked: Ranked, levels: int) -> Tensor:
     bins = min(BINS, count)
     edges = torch.arange(bins + 1, device=ranked.values.device) * count // bins
     a, aw, aww = (total[:, edges] for total in ranked.sums)
-    cost = _runs(aww) - _runs(aw).square() / _runs(a).clamp(min=1e-300)
+    cost = _runs(aww).sub_(_runs(aw).square_().div_(_runs(a).clamp_(min=1e-300)))
     cost = cost.float().masked_fill(~torch.ones(bins + 1, bins + 1, dtype=torch.bool, device=edges.device).triu(1), float("inf"))
-    least, froms = cost[:, 0], []  # least[r, j]: of the bins before j in so many runs
+    least = [cost[:, 0]]  # least[runs - 1][r, j]: of the bins before j in so many runs
     for _ in range(levels - 1):
-        least, best = (least[:, :, None] + cost).min(dim=1)
-        froms.append(best)
-    cuts = [torch.full_like(froms[0][:, :1], bins)]
-    for best in reversed(froms):
-        cuts.append(best.gather(1, cuts[-1]))
-    ends = torch.cat([torch.zeros_like(cuts[0]), *reversed(cuts)], dim=1)
+        least.append((least[-1][:, :, None] + cost).amin(dim=1))
+    every = torch.arange(len(cost), device=edges.device)
+    cuts = [torch.full_like(every, bins)]
+    for ways in reversed(least[:-1]):  # the cut before is looked for where it is needed: a minimum without its place takes a fifth
+        cuts.append((ways + cost[every, :, cuts[-1]]).argmin(dim=1))
+    ends = torch.stack([torch.zeros_like(every), *reversed(cuts)], dim=1)
     return (aw.gather(1, ends).diff(dim=1) / a.gather(1, ends).diff(dim=1).clamp(min=1e-300)).float()
 
 
@@ -220,81 +236,11 @@ def k_means(ranked: Ranked, start: Tensor, rounds: int = ROUNDS) -> Tensor:
     """Lloyd's rounds in one dimension. A value without weights stays.  # (rows, k) ascending → the same"""
     grid = start
     for _ in range(rounds):
-        a, aw, _ = ranked.between((grid[:, 1:] + grid[:, :-1]) / 2)
+        ends = [total[:, -1:] for total in ranked.sums[:2]]
+        before = ranked.before((grid[:, 1:] + grid[:, :-1]) / 2)
+        a, aw = (torch.cat([0 * end, sums, end], dim=1).diff(dim=1) for sums, end in zip(before, ends, strict=True))
         moved = torch.where(a > 0, aw / a.clamp(min=1e-300), grid.double()).float().sort(dim=1).values
         if torch.equal(moved, grid):
             break
         grid = moved
     return grid
-
-
-def min_max(rows: Tensor, bits: int) -> tuple[Tensor, Tensor]:
-    """Scale and zero that reach from the least weight to the greatest, nought between them.  # (rows, n) → (rows,), (rows,)"""
-    return _scale_and_zero(rows.amin(dim=1).float(), rows.amax(dim=1).float(), bits)
-
-
-def _scale_and_zero(low: Tensor, high: Tensor, bits: int) -> tuple[Tensor, Tensor]:
-    """As they are stored; nought lies on the grid. A row of zeros has the scale 1."""
-    low, high, top = low.clamp(max=0), high.clamp(min=0), 2**bits - 1
-    scale = (high - low) / top
-    scale = stored(torch.where(scale > 0, scale, torch.ones_like(scale)))
-    return scale, (-low / scale).round().clamp(0, top)
-
-
-def range_grid(weight: Tensor, bits: int, groups: int, searched: bool, importance: Tensor | None = None) -> AffineGrid:
-    """A grid a group from its least to its greatest weight, or over the range that the search finds.
-
-    # weight (rows, columns), importance (columns,)
-    """
-    rows, columns = weight.shape
-    parts = weight.reshape(rows * groups, -1)
-    if searched:
-        own = None if importance is None else importance.view(1, groups, -1).expand(rows, -1, -1).reshape(rows * groups, -1)
-        scale, zero = search_range(parts, bits, own)
-    else:
-        scale, zero = min_max(parts, bits)
-    return AffineGrid(scale.view(rows, groups), zero.view(rows, groups), bits, columns)
-
-
-STEPS = 2048
-"""Into which the range is cut by the search: LeanQuant's T."""
-
-_COARSE = 64
-"""Steps between the first candidates: 16 each way."""
-
-
-def search_range(rows: Tensor, bits: int, importance: Tensor | None = None, steps: int = STEPS) -> tuple[Tensor, Tensor]:
-    """Scale and zero of least weighted error over ranges that leave out up to half at either end (LeanQuant, affine grids).
-
-    The paper tries all `(steps / 2)²` pairs. Here a coarse net comes first and then the eight neighbours at half the distance, until the
-    paper's step is reached: some 300 candidates, each of which costs 2^bits look-ups in sorted weights.
-    # rows (rows, n), importance (n,) or (rows, n) → (rows,), (rows,)
-    """
-    step, found = max(1, _SLICE // rows.shape[1]), []
-    for at in range(0, len(rows), step):
-        own = importance[at : at + step] if importance is not None and importance.dim() == 2 else importance
-        found.append(_search_range(Ranked.of(rows[at : at + step], own), bits, steps))
-    return torch.cat([scale for scale, _ in found]), torch.cat([zero for _, zero in found])
-
-
-def _search_range(ranked: Ranked, bits: int, steps: int) -> tuple[Tensor, Tensor]:
-    low, high = ranked.values[:, 0].clamp(max=0), ranked.values[:, -1].clamp(min=0)
-    unit = (high - low) / steps
-    cut = [torch.zeros_like(low), torch.zeros_like(low)]  # steps left out at the low end, and at the high
-    least = torch.full_like(low, float("inf"), dtype=torch.float64)
-    distance = max(1, min(_COARSE, steps // 8))
-    net = range(0, steps // 2, distance)
-    offsets = [(float(u), float(v)) for u in net for v in net]
-    while True:
-        centre = [part.clone() for part in cut]
-        for offset in offsets:
-            tried = [(middle + move).clamp(0, steps // 2 - 1) for middle, move in zip(centre, offset, strict=True)]
-            scale, zero = _scale_and_zero(low + tried[0] * unit, high - tried[1] * unit, bits)
-            error = ranked.error(scale[:, None] * (torch.arange(2**bits, device=low.device) - zero[:, None]))
-            better = error < least
-            least = torch.where(better, error, least)
-            cut = [torch.where(better, new, old) for new, old in zip(tried, cut, strict=True)]
-        if distance == 1:
-            return _scale_and_zero(low + cut[0] * unit, high - cut[1] * unit, bits)
-        distance = max(1, distance // 2)
-        offsets = [(float(u), float(v)) for u in (-distance, 0, distance) for v in (-distance, 0, distance) if u or v]

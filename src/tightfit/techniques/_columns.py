@@ -4,7 +4,7 @@ What GPTQ and LeanQuant share: the Hessian of a layer's squared output error, it
 it. Errors are `tr (W - Q) H (W - Q)ᵀ`; all is in float32.
 """
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import torch
@@ -14,11 +14,14 @@ from tightfit.formats.grids import Grid
 from tightfit.terms.errors import TightfitError
 from tightfit.terms.units import MIB
 
-BLOCK = 128
-"""Columns whose errors reach the columns after them in one product (GPTQ, section 3)."""
+BLOCK = 32
+"""Columns at most that act on each other one by one; more of them act on others in one product (GPTQ, section 3)."""
 
 SLICES = 48 * MIB
 """What `formats/grids.py` holds of the rows that it fits at a time, at most."""
+
+WORTH = 5e-4
+"""Share of the error below which a step of a refit is the last: the turns after it find the rest (0.1 % at most is lost in the end)."""
 
 RAISES = 4
 """How often a damping that does not suffice is raised tenfold."""
@@ -49,8 +52,11 @@ class Layer:
 
     def error(self, dense: Tensor) -> Tensor:
         """Squared output error of each row.  # (rows, columns) → (rows,)"""
-        off = self.weight - dense
-        return ((off @ self.hessian) * off).sum(dim=1)
+        return (self.pull(dense) * (self.weight - dense).t()).sum(dim=0)
+
+    def pull(self, dense: Tensor) -> Tensor:
+        """`H (W - Q)ᵀ`: half of how fast each row's error falls as a column of Q grows.  # (rows, columns) → (columns, rows)"""
+        return self.hessian @ (self.weight - dense).t()
 
 
 @dataclass(frozen=True)
@@ -117,43 +123,60 @@ def walk(layer: Layer, found: Factor, grid: Grid) -> Tensor:
 
     # → (rows, columns) uint8, in the columns' own order
     """
-    order, upper = found.order, found.upper
-    weight = layer.weight[:, order]
+    return _walk(layer, found, grid)[0]
+
+
+def _walk(layer: Layer, found: Factor, grid: Grid) -> tuple[Tensor, Tensor]:
+    """The codes, and the damped error of each row: steps S make `W - Q = SU`, and with `H⁻¹ = UᵀU` what is left of it is S Sᵀ."""
+    columns, own = found.order.tolist(), found.upper.diagonal().tolist()
+    weight = layer.weight.t().index_select(0, found.order)  # (columns, rows), as they are walked
     codes = torch.empty(weight.shape, dtype=torch.uint8, device=weight.device)
-    columns = order.tolist()
-    for start in range(0, len(columns), BLOCK):
-        stop = min(start + BLOCK, len(columns))
-        part, within = weight[:, start:stop].clone(), upper[start:stop, start:stop]
-        errors = torch.empty_like(part)
-        for at in range(stop - start):
-            code, value = grid.nearest(columns[start + at], part[:, at])
-            codes[:, columns[start + at]] = code
-            errors[:, at] = (part[:, at] - value) / within[at, at]
-            part[:, at + 1 :] -= torch.outer(errors[:, at], within[at, at + 1 :])
-        weight[:, stop:] -= errors @ upper[start:stop, stop:]
-    return codes
+
+    def step(at: int) -> Tensor:
+        code, value = grid.nearest(columns[at], weight[at])
+        codes[columns[at]] = code
+        return (weight[at] - value) / own[at]
+
+    _sweep(step, weight, weight, found.upper, range(len(columns)), back=False)  # a column walked is needed no more: there its step lies
+    return codes.t().contiguous(), torch.linalg.vector_norm(weight, dim=0).square()
 
 
-def descend(layer: Layer, codes: Tensor, grid: Grid) -> Tensor:
+def descend(layer: Layer, codes: Tensor, grid: Grid, pull: Tensor) -> tuple[Tensor, Tensor]:
     """One round of coordinate descent: each column takes the codes that are best while all others stay. The error never grows.
 
-    # codes (rows, columns) uint8 → the same
+    # codes (rows, columns) uint8, pull (columns, rows): the layer's at these codes → both as they are then
     """
-    codes, dense = codes.clone(), grid.dense(codes)
-    pull = (layer.weight - dense) @ layer.hessian  # (rows, columns)
-    for start in range(0, dense.shape[1], BLOCK):
-        stop = min(start + BLOCK, dense.shape[1])
-        own, within = pull[:, start:stop].clone(), layer.hessian[start:stop, start:stop]
-        moves = torch.zeros_like(own)
-        for at in range(stop - start):
-            old = dense[:, start + at]
-            code, value = grid.nearest(start + at, old + own[:, at] / within[at, at])
-            codes[:, start + at] = code
-            moves[:, at] = value - old
-            own[:, at:] -= torch.outer(moves[:, at], within[at, at:])
-        dense[:, start:stop] += moves
-        pull -= moves @ layer.hessian[start:stop]
-    return codes
+    pull, own = pull.clone(), layer.hessian.diagonal().tolist()
+    moves = grid.dense(codes).t().contiguous()  # the old value of each column, until its move takes the place
+    codes = torch.empty(moves.shape, dtype=torch.uint8, device=moves.device)
+
+    def step(at: int) -> Tensor:
+        codes[at], value = grid.nearest(at, moves[at] + pull[at] / own[at])
+        return value - moves[at]
+
+    _sweep(step, moves, pull, layer.hessian, range(len(own)), back=True)
+    return codes.t().contiguous(), pull
+
+
+def _sweep(step: Callable[[int], Tensor], steps: Tensor, state: Tensor, matrix: Tensor, columns: range, back: bool) -> None:
+    """Fill `steps` column by column, and take `matrixᵀ steps` from `state`: from later columns before their turn, and if `back` from all.
+
+    Halves of halves: what one half does to the other is one product, and only the last few columns go one by one. A column is a row
+    here, so that all it is has one place in memory.  # steps, state (columns, rows), matrix (columns, columns)
+    """
+    if len(columns) > BLOCK:
+        halves = columns[: len(columns) // 2], columns[len(columns) // 2 :]
+        former, latter = (slice(half.start, half.stop) for half in halves)
+        _sweep(step, steps, state, matrix, halves[0], back)
+        state[latter].addmm_(matrix[former, latter].t(), steps[former], alpha=-1)
+        _sweep(step, steps, state, matrix, halves[1], back)
+        if back:
+            state[former].addmm_(matrix[latter, former].t(), steps[latter], alpha=-1)
+    else:
+        for at in columns:
+            steps[at] = step(at)
+            reached = slice(columns.start if back else at + 1, columns.stop)
+            state[reached].addr_(matrix[at, reached], steps[at], alpha=-1)
 
 
 def solve_bytes(rows: int, columns: int, fits: bool) -> int:
@@ -167,10 +190,9 @@ def solve_bytes(rows: int, columns: int, fits: bool) -> int:
 
 def walked(layer: Layer, found: Factor, grids: Iterable[Grid]) -> tuple[Tensor, Grid]:
     """Codes on each of `grids`; every row keeps the grid on which its damped error came out least.  # → codes (rows, columns), the grid"""
-    damped, kept = layer.damped(found.damping), None
+    kept = None
     for grid in grids:
-        codes = walk(layer, found, grid)
-        error = damped.error(grid.dense(codes))
+        codes, error = _walk(layer, found, grid)
         if kept is None:
             kept = codes, grid, error
         else:
@@ -182,14 +204,21 @@ def walked(layer: Layer, found: Factor, grids: Iterable[Grid]) -> tuple[Tensor, 
 
 def polished(layer: Layer, codes: Tensor, grid: Grid, rounds: int) -> tuple[Tensor, Grid]:
     """Take turns: the best grid for the codes, then better codes on that grid. Each row keeps what it had where a turn does not help."""
+    pull = layer.pull(grid.dense(codes))
+    enough = WORTH * (layer.weight - grid.dense(codes)).t().mul_(pull).sum(dim=0)  # of the error, without its product once more
     for _ in range(rounds):
-        before = layer.error(grid.dense(codes))
-        fitted = grid.refitted(codes, layer.weight, layer.hessian)
-        grid = _better(layer, codes, grid, fitted, before)
-        codes = descend(layer, codes, grid)
+        grid, pull = _refitted(layer, codes, grid, pull, enough)
+        codes, pull = descend(layer, codes, grid, pull)
     return codes, grid
 
 
-def _better(layer: Layer, codes: Tensor, old: Grid, new: Grid, before: Tensor) -> Grid:
-    """The new grid in the rows where it is better: 16 bits round what least squares found."""
-    return new.where(layer.error(new.dense(codes)) < before, old)
+def _refitted(layer: Layer, codes: Tensor, grid: Grid, pull: Tensor, enough: Tensor) -> tuple[Grid, Tensor]:
+    """The best grid for the codes in the rows where it helps, as 16 bits round what least squares found, and the pull that is left.
+
+    Moves D take `D · (pull + what is left)` from a row's error.
+    """
+    fitted = grid.refitted(codes, pull.t(), layer.hessian, enough)
+    moves = fitted.dense(codes).sub_(grid.dense(codes)).t()
+    left = torch.addmm(pull, layer.hessian, moves, alpha=-1)
+    better = (pull + left).mul_(moves).sum(dim=0) > 0
+    return fitted.where(better, grid), torch.where(better, left, pull)

@@ -54,7 +54,7 @@ class GPTQ:
     def solve(self, weight: Tensor, hessian: Tensor, cross: Tensor | None = None) -> tuple[Tensor, ...]:
         """Algorithm 1 on grids that are fixed before."""
         from tightfit.formats.affine import AffineCodec
-        from tightfit.formats.grids import range_grid
+        from tightfit.formats.ranges import range_grid
         from tightfit.techniques._columns import factor, settle, walk
 
         codec, layer = AffineCodec(self.bits, self.group), settle(weight, hessian)

@@ -78,7 +78,8 @@ class Lean:
         return codec.stored(grid, codes)
 
     def _fitted(self, weight: Tensor, importance: Tensor, codec: Any) -> Any:
-        from tightfit.formats.grids import TableGrid, fit_table, range_grid
+        from tightfit.formats.grids import TableGrid, fit_table
+        from tightfit.formats.ranges import range_grid
 
         if self.grid == "affine":
             return range_grid(weight, self.bits, codec.groups(weight.shape[1]), searched=True, importance=importance)

@@ -11,9 +11,11 @@ from tightfit import catalog
 from tightfit.describe.blocks import blocks_of
 from tightfit.describe.source import describe
 from tightfit.formats.linear import QuantizedLinear, replace
+from tightfit.runtime import calibrate
 from tightfit.runtime.build import build
-from tightfit.runtime.calibrate import Door, Walk, advance, first_states
+from tightfit.runtime.calibrate import Door, Walk, advance, first_states, means_of
 from tightfit.runtime.quantize import UNFINISHED, Job, quantize
+from tightfit.terms.budget import Budget
 from tightfit.terms.errors import TightfitError
 from tightfit.terms.plan import Plan
 from tightfit.terms.workload import Workload
@@ -21,6 +23,12 @@ from tightfit.verbs.quantizing import plan_quantize
 
 FAMILIES = ["llama", "llama-tied", "qwen3", "gpt-neox", "opt", "bloom", "gpt2", "gptj", "bert", "qwen3-moe", "mixtral"]
 SAMPLES = torch.randint(1, 384, (6, 24), generator=torch.Generator().manual_seed(5))
+
+
+@pytest.fixture(autouse=True)
+def aims_at_few_tokens(monkeypatch):
+    """The samples here are short."""
+    monkeypatch.setattr(calibrate, "TOLD", 0)
 
 
 def job(folder, technique="lean:bits=3", **settings):
@@ -79,6 +87,15 @@ def test_models_of_another_build_are_refused_in_one_line(fault, line, saved):
         model.model.layers[1] = model.model.layers[0]
     with pytest.raises(TightfitError, match=line), torch.no_grad():
         first_states(Walk(model, blocks_of(model), SAMPLES, 2, torch.device("cpu")))
+
+
+def test_a_layer_aims_at_the_dense_model_only_where_tokens_tell_enough(monkeypatch):
+    monkeypatch.undo()
+    few, enough = torch.randn(31, 8), torch.randn(32, 8)
+    assert means_of([(few, few)])[1] is None
+    hessian, cross = means_of([(enough[:20], -enough[:20]), (enough[20:], -enough[20:])])
+    torch.testing.assert_close(hessian, enough.t() @ enough / 16)
+    torch.testing.assert_close(cross, -hessian)
 
 
 def inputs_of(model, path):
@@ -210,3 +227,13 @@ def test_the_dense_model_is_never_there_whole(saved, tmp_path):
     made.progress = look
     quantize(made, tmp_path / "out")
     assert max(alive) == 1 and len(alive) == 28
+
+
+def test_behind_a_gpu_hidden_states_rest_in_ram():
+    samples = torch.ones(512, 1024, dtype=torch.long)
+    plans = {ram: plan_quantize("tightfit-demo", samples, "gptq", {}, Budget.parse("4GiB", ram, "100GiB")) for ram in ("1200MiB", "600MiB")}
+    states = 512 * 1024 * 256 * 2
+    assert [plan.states_on for plan in plans.values()] == ["ram", "disk"]
+    assert plans["1200MiB"].predicted == plans["600MiB"].predicted
+    inside = plan_quantize("tightfit-demo", samples, "gptq", {}, Budget.parse(None, "4GiB", "100GiB"))
+    assert inside.predicted["activations"] == plans["600MiB"].predicted["activations"] + states

@@ -104,9 +104,14 @@ class QuantizedExperts(nn.Module):
         """Take the matrix `name` of one expert, so that the fused tensor need never exist."""
         with torch.inference_mode(False):
             check_shape(name, dense, self._checkpoint_shape(name))
-            encoded = self.codec.encode(dense.t().contiguous() if self.is_transposed else dense)
-            for stored_name, tensor in zip(self.stored_names[name], encoded, strict=True):
-                materialize(self, stored_name, dense.device)[expert].copy_(tensor)
+            self.keep_expert(name, expert, self.codec.encode(dense.t().contiguous() if self.is_transposed else dense))
+
+    @torch.no_grad()
+    def keep_expert(self, name: str, expert: int, stored: Sequence[Tensor]) -> None:
+        """Take the matrix `name` of one expert as the codec's stored tensors, which a solver found."""
+        with torch.inference_mode(False):
+            for stored_name, tensor in zip(self.stored_names[name], stored, strict=True):
+                materialize(self, stored_name, tensor.device)[expert].copy_(tensor)
 
     def _checkpoint_shape(self, name: str) -> Shape:
         return self.shapes[name][::-1] if self.is_transposed else self.shapes[name]
@@ -134,6 +139,11 @@ class QuantizedExperts(nn.Module):
     def extra_repr(self) -> str:
         """Sizes and codec, for `print`."""
         return f"experts={self.num_experts}, {', '.join(f'{name}={shape}' for name, shape in self.shapes.items())}, codec={self.codec}"
+
+
+def matrices_in(layer: nn.Module) -> int:
+    """How many matrices a quantized layer holds: two for each fused expert, else one."""
+    return layer.num_experts * len(layer.matrices) if isinstance(layer, QuantizedExperts) else 1
 
 
 class FrozenExperts(torch.autograd.Function):

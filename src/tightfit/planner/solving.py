@@ -9,7 +9,7 @@ from torch import nn
 from tightfit.contracts import Solves
 from tightfit.describe.blocks import blocks_of
 from tightfit.describe.skeleton import Skeleton
-from tightfit.formats.experts import QuantizedExperts
+from tightfit.formats.experts import QuantizedExperts, matrices_in
 from tightfit.formats.linear import QuantizedLinear
 from tightfit.planner.weigh import ENCODING, tensor_bytes
 from tightfit.rehearse.rehearsal import rehearse
@@ -20,6 +20,9 @@ from tightfit.terms.machine import Machine
 from tightfit.terms.quantizing import QuantizePlan
 from tightfit.terms.units import show_bytes
 from tightfit.terms.workload import Workload
+
+ROUTING_BYTES = 128
+"""Of a token, while fused experts are solved: up to 32 choices, and which of them are one expert's."""
 
 
 @dataclass(frozen=True)
@@ -45,16 +48,19 @@ def plan_solving(
     written = sum(tensor_bytes(tensor) for tensor in _tensors(small))
     outside = sum(tensor_bytes(tensor) for tensor in _tensors(dense)) - sum(blocks)
     shrunk = [sum(tensor_bytes(tensor) for tensor in _tensors(block)) for _, block in blocks_of(small)]
-    states = _states_bytes(text, skeleton) * (2 if technique.needs_dense_inputs() else 1)
+    mixed = [layer for layer in layers.values() if isinstance(layer, QuantizedExperts)] if technique.needs_inputs() else []
+    states = _states_bytes(text, skeleton, mixed) * (2 if technique.needs_dense_inputs() else 1)
+    choices = text.samples * text.tokens * ROUTING_BYTES if mixed else 0
     parts = {
         "weights": outside + max(one + other for one, other in zip(blocks, shrunk, strict=True)),
-        "activations": _activations(skeleton, text) if technique.needs_inputs() else 0,
+        "activations": _activations(skeleton, text) + choices if technique.needs_inputs() else 0,
         "workspace": max(_solving_bytes(technique, module) for module in layers.values()),
     }
     tier = budget.compute_tier
-    homes = [({**parts, "activations": parts["activations"] + states}, "ram"), (parts, "disk")]
-    found = [({**held, "overhead": machine.overhead(tier, total(held))}, home) for held, home in homes]
-    fitting = [(held, home) for held, home in found if total(held) <= budget.bytes_of(tier)]
+    beside = {**parts, "activations": parts["activations"] + (states if tier == "ram" else 0)}  # behind a GPU they rest in RAM too
+    found = [({**held, "overhead": machine.overhead(tier, total(held))}, home) for held, home in ((beside, "ram"), (parts, "disk"))]
+    room = tier == "ram" or states + machine.overhead("ram", states) <= budget.ram
+    fitting = [(held, home) for held, home in found if total(held) <= budget.bytes_of(tier) and (room or home == "disk")]
     if not fitting:
         _refuse(skeleton.name, name, found[-1][0], budget)
     predicted, home = fitting[0]
@@ -64,9 +70,9 @@ def plan_solving(
             f"`{skeleton.name}` quantized with `{name}` writes {show_bytes(on_disk)}; the budget on disk is {show_bytes(budget.disk)}",
             hint="a larger `--disk`, fewer bits or fewer samples",
         )
-    quantized = sum(_weights(module) for module in layers.values())
+    matrices, quantized = sum(map(matrices_in, layers.values())), sum(_weights(module) for module in layers.values())
     return QuantizePlan(
-        skeleton.name, name, settings, text.samples, text.tokens, text.rows, len(layers), quantized, home, budget, predicted, written,
+        skeleton.name, name, settings, text.samples, text.tokens, text.rows, matrices, quantized, home, budget, predicted, written,
         8 * sum(_stored(module) for module in layers.values()) / quantized,
     )  # fmt: skip
 
@@ -88,8 +94,10 @@ def _stored(module: nn.Module) -> int:
     return sum(tensor_bytes(tensor) for tensor in module.stored)
 
 
-def _states_bytes(text: Calibration, skeleton: Skeleton) -> int:
-    return text.samples * text.tokens * skeleton.config.get_text_config(decoder=True).hidden_size * skeleton.dtype.itemsize
+def _states_bytes(text: Calibration, skeleton: Skeleton, mixed: list[QuantizedExperts]) -> int:
+    """At a block's door, and at that of its fused experts."""
+    inner = max((layer.shapes[layer.matrices[0]][1] for layer in mixed), default=0)
+    return text.samples * text.tokens * (skeleton.config.get_text_config(decoder=True).hidden_size + inner) * skeleton.dtype.itemsize
 
 
 def _activations(skeleton: Skeleton, text: Calibration) -> int:
@@ -104,9 +112,10 @@ def _activations(skeleton: Skeleton, text: Calibration) -> int:
 
 def _solving_bytes(technique: Solves, module: nn.Module) -> int:
     """Beside a dense layer, while its codes are found."""
+    if isinstance(module, QuantizedExperts) and technique.needs_inputs():
+        return max(technique.solve_bytes(*shape) for shape in module.shapes.values())
     if isinstance(module, QuantizedExperts):
-        rows, columns = max(module.shapes.values(), key=lambda shape: shape[0] * shape[1])
-        return int(ENCODING * rows * columns * module.dtype.itemsize)
+        return int(ENCODING * max(rows * columns for rows, columns in module.shapes.values()) * module.dtype.itemsize)
     assert isinstance(module, QuantizedLinear)
     return technique.solve_bytes(*module.shape)
 

@@ -7,7 +7,7 @@ letting them through that block alone. The model's own code says with what each 
 import copy
 import inspect
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
@@ -27,7 +27,7 @@ class Enough(Exception):
 
 @dataclass(frozen=True)
 class Call:
-    """What a block is called with beside its hidden state."""
+    """What a block is called with beside its hidden state; or what a layer inside is called with."""
 
     args: tuple[Any, ...]
     kwargs: Mapping[str, Any]
@@ -62,7 +62,7 @@ def first_states(walk: Walk) -> tuple[Tensor, list[Call]]:
             raise _unlike(walk, "again for one pass" if position in seen else "with what depends on the text")
         seen.add(position)
         if position == 0:
-            states or states.append(_room(walk.file, hidden, (len(walk.samples), *hidden.shape[1:])))
+            states or states.append(room(walk.file, hidden, (len(walk.samples), *hidden.shape[1:])))
             states[0][begin : begin + len(hidden)] = hidden
         if position == len(walk.blocks) - 1:
             raise Enough
@@ -115,10 +115,10 @@ def _same(one: Call, other: Call) -> bool:
     )
 
 
-def _room(path: Path | None, like: Tensor, shape: Sequence[int]) -> Tensor:
-    """For the hidden states of all samples; in a file as pages that the kernel may give up."""
+def room(path: Path | None, like: Tensor, shape: Sequence[int]) -> Tensor:
+    """For the hidden states of all samples, in RAM; in a file as pages that the kernel may give up."""
     if path is None:
-        return like.new_empty(shape)
+        return torch.empty(shape, dtype=like.dtype)
     count = torch.Size(shape).numel()
     try:
         with path.open("wb") as file:
@@ -176,7 +176,7 @@ def twin_of(block: nn.Module) -> nn.Module:
 
 def copied(walk: Walk, states: Tensor) -> Tensor:
     """The states once more, where they rest."""
-    return _room(walk.file and walk.file.with_stem(f"{DENSE}{walk.file.stem}"), states, states.shape).copy_(states)
+    return room(walk.file and walk.file.with_stem(f"{DENSE}{walk.file.stem}"), states, states.shape).copy_(states)
 
 
 DENSE = "dense-"
@@ -184,19 +184,19 @@ DENSE = "dense-"
 
 
 def alike(walk: Walk, door: Door, layers: list[str]) -> list[list[str]]:
-    """Linear layers that are called with the very same tensor, in the order of their first call."""
+    """Layers that are called with the very same tensor, in the order of their first call."""
     found: dict[int, list[str]] = {}
     kept: list[Tensor] = []  # so that no other tensor takes a freed one's place
 
-    def note(name: str, _module: nn.Module, args: tuple[Any, ...]) -> None:
-        kept.append(args[0])
-        names = found.setdefault(id(args[0]), [])
+    def note(name: str, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        kept.append(_first(Call(args, kwargs)))
+        names = found.setdefault(id(kept[-1]), [])
         if not any(name in others for others in found.values()):
             names.append(name)
 
     with ExitStack() as hooks:
         for name in layers:
-            hooks.callback(door.block.get_submodule(name).register_forward_pre_hook(partial(note, name)).remove)
+            hooks.callback(door.block.get_submodule(name).register_forward_pre_hook(partial(note, name), with_kwargs=True).remove)
         _through(door.block, door.states[: walk.rows].to(walk.device), door.call)
     return [names for names in found.values() if names]
 
@@ -206,32 +206,61 @@ def hessian_of(walk: Walk, name: str, door: Door, dense: Door | None) -> tuple[T
 
     # → two of (columns, columns) float32; no second without a dense block, or where the layer (an expert) does not see every token
     """
-    seen, hessian, cross = 0, None, None
-    for at in range(0, len(walk.samples), walk.rows):
-        part = slice(at, at + walk.rows)
-        x = _fed(walk, name, door, part)
-        if x is None:
-            continue
-        hessian = x.new_zeros(x.shape[1], x.shape[1]) if hessian is None else hessian
+
+    def pairs() -> Iterator[tuple[Tensor, Tensor | None]]:
+        for part in parts(walk):
+            x = _fed(walk, name, door, part)
+            if x is not None:
+                yield x, _fed(walk, name, dense, part) if dense and len(x) == walk.samples[part].numel() else None
+
+    return means_of(pairs())
+
+
+TOLD = 4
+"""Tokens a column, from which on aiming at the dense model helps tokens that were not read; with fewer it learns the text by heart."""
+
+
+def means_of(pairs: Iterable[tuple[Tensor, Tensor | None]]) -> tuple[Tensor, Tensor | None]:
+    """The means of `2 x xᵀ` and of `2 y xᵀ` over all tokens; none of the second where a y is missing, or tokens are few.
+
+    # x, y: (tokens, columns) float32
+    """
+    seen, hessian, cross = 0, torch.empty(0), None
+    for x, y in pairs:
+        if not seen:
+            hessian = x.new_zeros(x.shape[1], x.shape[1])
+            cross = None if y is None else torch.zeros_like(hessian)
         hessian.addmm_(x.t(), x, alpha=2.0)
+        cross = None if cross is None or y is None else cross.addmm_(y.t(), x, alpha=2.0)
         seen += len(x)
-        y = _fed(walk, name, dense, part) if dense and len(x) == walk.samples[part].numel() else None
-        if y is not None:
-            cross = torch.zeros_like(hessian) if cross is None else cross
-            cross.addmm_(y.t(), x, alpha=2.0)
-    assert hessian is not None, "`alike` named a layer that is called"
-    return hessian.div_(seen), cross if cross is None else cross.div_(seen)
+    assert seen, "only layers that are called are solved for their inputs"
+    return hessian.div_(seen), None if cross is None or seen < TOLD * len(cross) else cross.div_(seen)
+
+
+def parts(walk: Walk) -> Iterator[slice]:
+    """The samples that go through a block at once."""
+    return (slice(at, at + walk.rows) for at in range(0, len(walk.samples), walk.rows))
 
 
 def _fed(walk: Walk, name: str, door: Door, part: slice) -> Tensor | None:
     """What the layer is fed for some samples; None where it is not called.  # → (tokens, columns) float32"""
-    found: list[Tensor] = []
+    call = called(walk, name, door, part)
+    return _first(call).flatten(0, -2).float() if call else None
 
-    def take(_module: nn.Module, args: tuple[Any, ...]) -> None:
-        found.append(args[0].reshape(-1, args[0].shape[-1]).float())
+
+def _first(call: Call) -> Tensor:
+    return (*call.args, *call.kwargs.values())[0]
+
+
+def called(walk: Walk, name: str, door: Door, part: slice) -> Call | None:
+    """What the layer is called with for some samples; None where it is not called."""
+    found: list[Call] = []
+
+    def take(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        found.append(Call(args, kwargs))
         raise Enough
 
-    handle = door.block.get_submodule(name).register_forward_pre_hook(take)
+    handle = door.block.get_submodule(name).register_forward_pre_hook(take, with_kwargs=True)
     try:
         with suppress(Enough):
             _through(door.block, door.states[part].to(walk.device), door.call)

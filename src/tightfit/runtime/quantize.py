@@ -9,6 +9,7 @@ import json
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -18,12 +19,14 @@ from tightfit.contracts import Absorbs, Solves
 from tightfit.describe.blocks import block_lists, blocks_of
 from tightfit.describe.digest import digest_of
 from tightfit.describe.skeleton import Skeleton
-from tightfit.formats.experts import QuantizedExperts
+from tightfit.formats.experts import QuantizedExperts, matrices_in
 from tightfit.formats.linear import QuantizedLinear, replace
 from tightfit.formats.stored import StoredFormat
 from tightfit.runtime.calibrate import DENSE, Call, Door, Walk, advance, alike, copied, first_states, hessian_of, twin_of
+from tightfit.runtime.experts import routed_of, solve_experts
 from tightfit.runtime.files import copy_companions, read_json, settle, write_json, write_tensors
 from tightfit.runtime.placing import Placing
+from tightfit.runtime.solve import absorb, solve_linear
 from tightfit.terms.errors import TightfitError
 
 UNFINISHED = ".unfinished"
@@ -36,7 +39,7 @@ STATES = "states.bin"
 """The hidden states, where they rest on the disk."""
 
 Progress = Callable[[int, int, str], None]
-"""Told (layers done, layers in all, the layer's path) after each layer."""
+"""Told (layers done, layers in all, the layer's path) after each layer; each matrix of fused experts counts as one."""
 
 
 @dataclass
@@ -58,7 +61,7 @@ class Job:
         self.placing = Placing(self.model, self.skeleton, self.device)
         self.blocks = blocks_of(self.model)
         self.layers = quantized_layers(self.target)
-        self.done = 0
+        self.whole, self.done = sum(matrices_in(self.target.get_submodule(path)) for path in self.layers), 0
 
 
 def quantize(job: Job, folder: Path, resume: bool = False) -> None:
@@ -157,45 +160,43 @@ def _solve_block(job: Job, walk: Walk, position: int, door: Door | None, dense: 
     """Layers that are fed alike at once, in the order in which they are called; those after see what those before became."""
     path, block = job.blocks[position]
     inside = _inside(job, path)
-    linear = [name for name in inside if isinstance(job.target.get_submodule(f"{path}.{name}"), QuantizedLinear)]
-    for names in alike(walk, door, linear) if door else [linear]:
-        hessian, cross = hessian_of(walk, names[0], door, dense) if door else (torch.empty(0), None)
-        for name in names:
-            _solve(job, path, block, name, hessian, cross)
+    for names in alike(walk, door, inside) if door else [inside]:
+        linear = [name for name in names if isinstance(job.target.get_submodule(f"{path}.{name}"), QuantizedLinear)]
+        if linear:
+            _solve_linear(job, walk, path, block, linear, door, dense)
+        for name in (name for name in names if door and name not in linear):
+            _solve_experts(job, walk, path, block, name, door, dense)
     for name in inside:
-        if not isinstance(block.get_submodule(name), Absorbs):
-            _absorb(job, path, block, name)  # fused experts, and layers that the first samples do not reach
+        if not isinstance(block.get_submodule(name), Absorbs):  # the first samples do not reach it, or nobody asks what it is fed
+            layer = job.target.get_submodule(f"{path}.{name}")
+            absorb(f"{path}.{name}", block.get_submodule(name), layer)
+            replace(block, name, layer)
+            _told(job, f"{path}.{name}", matrices_in(layer))
 
 
 def _inside(job: Job, path: str) -> list[str]:
     return [layer.removeprefix(f"{path}.") for layer in job.layers if layer.startswith(f"{path}.")]
 
 
-def _solve(job: Job, path: str, block: nn.Module, name: str, hessian: Tensor, cross: Tensor | None) -> None:
-    dense, layer = block.get_submodule(name), job.target.get_submodule(f"{path}.{name}")
-    weight = dense.weight.t() if layer.transposed else dense.weight
-    try:
-        tensors = job.technique.solve(weight.float().contiguous(), hessian, cross)
-    except TightfitError as error:
-        raise TightfitError(f"`{path}.{name}`: {error}", hint=error.hint) from error
-    layer.keep(tensors)
-    if dense.bias is not None:
-        layer.absorb("bias", dense.bias)
-    replace(block, name, layer)
-    _told(job, f"{path}.{name}")
+def _solve_linear(job: Job, walk: Walk, path: str, block: nn.Module, names: list[str], door: Door | None, dense: Door | None) -> None:
+    hessian, cross = hessian_of(walk, names[0], door, dense) if door else (torch.empty(0), None)
+    for name in names:
+        layer = job.target.get_submodule(f"{path}.{name}")
+        solve_linear(job.technique, f"{path}.{name}", block.get_submodule(name), layer, hessian, cross)
+        replace(block, name, layer)
+        _told(job, f"{path}.{name}")
 
 
-def _absorb(job: Job, path: str, block: nn.Module, name: str) -> None:
-    dense, layer = block.get_submodule(name), job.target.get_submodule(f"{path}.{name}")
-    for inside, parameter in dense.named_parameters():
-        layer.absorb(inside, parameter)
-    replace(block, name, layer)
-    _told(job, f"{path}.{name}")
+def _solve_experts(job: Job, walk: Walk, path: str, block: nn.Module, name: str, door: Door, dense: Door | None) -> None:
+    layer, routed = job.target.get_submodule(f"{path}.{name}"), routed_of(walk, name, door, dense)
+    if routed:
+        solve_experts(job.technique, f"{path}.{name}", block.get_submodule(name), layer, routed, partial(_told, job))
+        replace(block, name, layer)
 
 
-def _told(job: Job, layer: str) -> None:
-    job.done += 1
-    job.progress(job.done, len(job.layers), layer)
+def _told(job: Job, layer: str, matrices: int = 1) -> None:
+    job.done += matrices
+    job.progress(job.done, job.whole, layer)
 
 
 def _fill_from(job: Job, path: str, block: nn.Module, shard: Path) -> None:
@@ -203,8 +204,9 @@ def _fill_from(job: Job, path: str, block: nn.Module, shard: Path) -> None:
     from safetensors.torch import load_file
 
     for name in _inside(job, path):
-        replace(block, name, job.target.get_submodule(f"{path}.{name}"))
-        _told(job, f"{path}.{name}")
+        layer = job.target.get_submodule(f"{path}.{name}")
+        replace(block, name, layer)
+        _told(job, f"{path}.{name}", matrices_in(layer))
     for name, tensor in load_file(shard, device=str(job.device)).items():
         inside = name.removeprefix(f"{path}.")
         parent, _, leaf = inside.rpartition(".")

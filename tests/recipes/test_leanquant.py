@@ -58,7 +58,10 @@ def test_the_settings_are_the_papers(ran):
     defaults = {name: item.default for name, item in inspect.signature(run).parameters.items()}
     assert (defaults["samples"], defaults["context"], defaults["bits"]) == (128, 2048, 4)
     assert report.plan.technique == "lean"
-    assert report.plan.settings == {"bits": 2, "grid": "table", "group": 0, "power": 4.0, "rounds": 0, "damping": 0.1}
+    assert report.plan.settings == {"bits": 2, "grid": "table", "group": 0, "power": 4.0, "rounds": 0, "damping": 0.1} | {
+        "spread": False,
+        "aim": 0.0,
+    }
     assert (report.plan.samples, report.plan.tokens, report.plan.layers) == (4, 32, LAYERS)
     assert json.loads((out / "config.json").read_text())["quantization_config"]["bits"] == 2
 

@@ -37,7 +37,7 @@ TECHNIQUES = ["gptq:bits=3,group=32", "lean:bits=2,rounds=1,spread=false"]
 @pytest.fixture(autouse=True)
 def aims_at_few_tokens(monkeypatch):
     """The samples here are short."""
-    monkeypatch.setattr(calibrate, "TOLD", 0)
+    monkeypatch.setattr(calibrate, "TOKENS_PER_COLUMN", 0)
 
 
 @pytest.fixture(scope="module")
@@ -190,7 +190,7 @@ def test_an_expert_that_no_token_reaches_is_rounded_and_that_is_said(caplog):
     with caplog.at_level(logging.WARNING):
         solve_experts(GPTQ(bits=3), "mlp.experts", dense, layer, tokens, lambda path: None)
     assert [record.getMessage() for record in caplog.records] == [
-        "`mlp.experts`: no token of the text reaches 1 of 3 experts; they are rounded as they are"
+        "`mlp.experts`: too little of the text reaches 1 of 3 experts; they are rounded as they are"
     ]
     blind = QuantizedExperts(dense, AffineCodec(3))
     for name, parameter in dense.named_parameters():

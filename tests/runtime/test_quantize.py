@@ -28,7 +28,7 @@ SAMPLES = torch.randint(1, 384, (6, 24), generator=torch.Generator().manual_seed
 @pytest.fixture(autouse=True)
 def aims_at_few_tokens(monkeypatch):
     """The samples here are short."""
-    monkeypatch.setattr(calibrate, "TOLD", 0)
+    monkeypatch.setattr(calibrate, "TOKENS_PER_COLUMN", 0)
 
 
 def job(folder, technique="lean:bits=3", **settings):

@@ -48,7 +48,7 @@ def search_range(rows: Tensor, bits: int, importance: Tensor | None = None, step
     paper's step is reached: some 120 candidates, each of which costs 2^bits look-ups in sorted weights.
     # rows (rows, n), importance (n,) or (rows, n) → (rows,), (rows,)
     """
-    step, found = max(1, FITTED // rows.shape[1]), []
+    step, found = max(1, FITTED // max(rows.shape[1], 2**bits)), []
     for at in range(0, len(rows), step):
         own = importance[at : at + step] if importance is not None and importance.dim() == 2 else importance
         found.append(_search_range(Ranked.of(rows[at : at + step], own), bits, steps))

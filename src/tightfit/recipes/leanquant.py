@@ -10,8 +10,9 @@ took 21 hours on two GPUs of 48 GB (abstract), a 70B four hours on one of 24 GB 
 *What differs here*: sequences are taken evenly from your text, not at random. The importance is the released code's, `U_jj^(-power)`
 with the inverse Hessian's upper factor U; the text has the whole inverse's diagonal. k-means begins where dynamic programming over a few
 bins ends, not evenly (2 and 3 bits) or by k-means++ (4). The search for affine ranges, which was not released, goes from coarse to fine,
-300 candidates in place of a million. Codes are packed to their bits at every width. A window begins with the last one's last token, so
-that no token goes unscored. `tightfit quantize` adds turns between values and codes (`rounds`), which the paper does not have.
+some 120 candidates in place of a million. Codes are packed to their bits at every width. A window begins with the last one's last token, so
+that no token goes unscored. `tightfit quantize` adds what the paper does not have: a choice of tables for each row (`spread`), an aim
+at the dense model's output (`aim`), and turns between values and codes (`rounds`). It is the better for it.
 *Paper*: Zhang and Shrivastava 2025, LeanQuant: Accurate and Scalable Large Language Model Quantization with Loss-error-aware Grid
 (ICLR), sections 4 and 5; damping, column order and true-sequential as its released code recommends.
 """
@@ -51,6 +52,7 @@ def run(
 
     budget = Budget.parse(gpu, ram, disk)
     settings = {"bits": bits, "grid": grid, "group": group, "power": power, "rounds": rounds, "damping": damping}
+    settings |= {"spread": False, "aim": 0.0}  # neither is in the paper
     calibration = read_calibration(model, data, context, samples)
     planned = plan_quantize(model, calibration, "lean", settings, budget)
     dense = plan_text(model, context, budget)

@@ -204,20 +204,21 @@ def alike(walk: Walk, door: Door, layers: list[str]) -> list[list[str]]:
 def hessian_of(walk: Walk, name: str, door: Door, dense: Door | None) -> tuple[Tensor, Tensor | None]:
     """The means of `2 x xᵀ` and of `2 y xᵀ` over all tokens: x is what the layer is fed, y what it is fed in the dense block.
 
-    # → two of (columns, columns) float32; no second without a dense block, or where the layer (an expert) does not see every token
+    # → two of (columns, columns) float32; no second without a dense block, or where the layer (an expert) does not see every token, or few
     """
 
     def pairs() -> Iterator[tuple[Tensor, Tensor | None]]:
         for part in parts(walk):
             x = _fed(walk, name, door, part)
             if x is not None:
-                yield x, _fed(walk, name, dense, part) if dense and len(x) == walk.samples[part].numel() else None
+                whole = dense and len(x) == walk.samples[part].numel() and walk.samples.numel() >= TOKENS_PER_COLUMN * x.shape[1]
+                yield x, _fed(walk, name, dense, part) if dense and whole else None
 
     return means_of(pairs())
 
 
-TOLD = 4
-"""Tokens a column, from which on aiming at the dense model helps tokens that were not read; with fewer it learns the text by heart."""
+TOKENS_PER_COLUMN = 4
+"""From which on aiming at the dense model helps tokens that were not read; with fewer it learns the text by heart."""
 
 
 def means_of(pairs: Iterable[tuple[Tensor, Tensor | None]]) -> tuple[Tensor, Tensor | None]:
@@ -231,10 +232,10 @@ def means_of(pairs: Iterable[tuple[Tensor, Tensor | None]]) -> tuple[Tensor, Ten
             hessian = x.new_zeros(x.shape[1], x.shape[1])
             cross = None if y is None else torch.zeros_like(hessian)
         hessian.addmm_(x.t(), x, alpha=2.0)
-        cross = None if cross is None or y is None else cross.addmm_(y.t(), x, alpha=2.0)
+        cross = None if cross is None or y is None or len(y) != len(x) else cross.addmm_(y.t(), x, alpha=2.0)
         seen += len(x)
     assert seen, "only layers that are called are solved for their inputs"
-    return hessian.div_(seen), None if cross is None or seen < TOLD * len(cross) else cross.div_(seen)
+    return hessian.div_(seen), None if cross is None or seen < TOKENS_PER_COLUMN * len(cross) else cross.div_(seen)
 
 
 def parts(walk: Walk) -> Iterator[slice]:

@@ -22,6 +22,9 @@ log = logging.getLogger(__name__)
 EXPERTS = "experts-"
 """What the file of the states that enter fused experts is called before its name."""
 
+FEWEST = 4
+"""An expert needs a token for so many columns at least: with fewer the solved weights are worse than rounded ones."""
+
 Pairs = Iterator[tuple[Tensor, Tensor | None]]
 """What a matrix is fed, and what it is fed in the dense model where that is asked for, some tokens at a time."""
 
@@ -87,7 +90,7 @@ def _rooms(walk: Walk, hidden: Tensor, choices: Tensor, stem: str) -> list[Tenso
 def solve_experts(
     technique: Solves, path: str, dense: nn.Module, layer: QuantizedExperts, routed: Routed, told: Callable[[str], None]
 ) -> None:
-    """Fill `layer` with the solved matrices of `dense`; experts that no token reaches are rounded, and how many is logged.
+    """Fill `layer` with the solved matrices of `dense`; experts that few tokens reach are rounded, and how many is logged.
 
     `told` hears the path of each matrix that is done. Raises `TightfitError` with that path in front.
     """
@@ -97,10 +100,11 @@ def solve_experts(
     missed = 0
     for expert in range(layer.num_experts):
         places = routed.places(expert)
-        missed += not len(places)
+        enough = len(places) * FEWEST >= max(columns for _, columns in layer.shapes.values())
+        missed += not enough
         for name in layer.matrices:
             where = f"{path}[{expert}].{name}"
-            if len(places):
+            if enough:
                 fed = routed.inputs(places) if name == layer.matrices[0] else _inside(dense, layer, expert, routed.inputs(places))
                 layer.keep_expert(name, expert, solved(technique, where, _matrix(dense, layer, name, expert), *means_of(fed)))
             else:
@@ -108,7 +112,7 @@ def solve_experts(
                     layer.absorb_expert(name, expert, dense.get_parameter(name)[expert])
             told(where)
     if missed:
-        log.warning("`%s`: no token of the text reaches %d of %d experts; they are rounded as they are", path, missed, layer.num_experts)
+        log.warning("`%s`: too little of the text reaches %d of %d experts; they are rounded as they are", path, missed, layer.num_experts)
 
 
 def _inside(dense: nn.Module, layer: QuantizedExperts, expert: int, inputs: Pairs) -> Pairs:

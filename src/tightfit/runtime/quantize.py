@@ -22,7 +22,7 @@ from tightfit.describe.skeleton import Skeleton
 from tightfit.formats.experts import QuantizedExperts, matrices_in
 from tightfit.formats.linear import QuantizedLinear, replace
 from tightfit.formats.stored import StoredFormat
-from tightfit.runtime.calibrate import DENSE, Call, Door, Walk, advance, alike, copied, first_states, hessian_of, twin_of
+from tightfit.runtime.calibrate import Call, Door, Walk, advance, alike, copied, first_states, hessian_of, twin_of
 from tightfit.runtime.experts import routed_of, solve_experts
 from tightfit.runtime.files import copy_companions, read_json, settle, write_json, write_tensors
 from tightfit.runtime.placing import Placing
@@ -34,6 +34,9 @@ UNFINISHED = ".unfinished"
 
 NOTE = "quantize.json"
 """What a run that goes on must agree with."""
+
+_AGREED = {"technique": "technique or setting", "model": "model", "text": "text, or other samples of it"}
+"""What the note holds, in words."""
 
 STATES = "states.bin"
 """The hidden states, where they rest on the disk."""
@@ -117,7 +120,8 @@ def _begin(job: Job, folder: Path, resume: bool) -> Path:
         other = [name for name in note if found.get(name) != note[name]]
         if other:
             raise TightfitError(
-                f"the unfinished run has another {' and another '.join(other)}", hint=f"resume with the same, or remove `{work}`"
+                f"the unfinished run has another {' and another '.join(_AGREED[name] for name in other)}",
+                hint=f"resume with the same, or remove `{work}`",
             )
         return work
     try:
@@ -243,8 +247,8 @@ def _finish(job: Job, work: Path, folder: Path) -> None:
     config["architectures"] = [job.skeleton.model_class.__name__]
     write_json(work / "config.json", config)
     copy_companions(job.skeleton.folder, work)
-    for states in (STATES, DENSE + STATES):
-        (work / states).unlink(missing_ok=True)
+    for states in work.glob(f"*{STATES}"):
+        states.unlink()
     if folder.exists():
         folder.rmdir()
     os.replace(work, folder)

@@ -46,9 +46,9 @@ class Layer:
         `Σ (W y - Q x)²` is least at `Q = W C H⁻¹`, C being the mean of 2 y xᵀ.  # cross (columns, columns)
         """
         missed = (self.weight @ (cross - self.hessian))[:, found.order]
-        weight = self.weight.clone()
-        weight[:, found.order] += share * (missed @ found.upper.t() @ found.upper)
-        return Layer(weight, self.hessian)
+        missed = missed @ found.upper.t()
+        missed = (missed @ found.upper).mul_(share)
+        return Layer(self.weight.index_add(1, found.order, missed), self.hessian)
 
     def error(self, dense: Tensor) -> Tensor:
         """Squared output error of each row.  # (rows, columns) → (rows,)"""

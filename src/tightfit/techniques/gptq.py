@@ -1,10 +1,11 @@
 """gptq: round the columns of a layer one after the other, and let those still free make good what was lost.
 
 *What shrinks*: the blocks' weights, to `bits` each and 24 bits a group.
-*What it costs*: calibration text, and minutes a billion weights in `tightfit quantize`; a Hessian a layer, columns² · 4 bytes, and three
+*What it costs*: calibration text, and minutes a billion weights in `tightfit quantize`; a Hessian a layer, columns² · 4 bytes, and six
 more while it is solved. Applied without it (`run --technique gptq`) it does no more than `rtn`. Products as with `lean`.
-*How it works*: the error of a column, weighed by the inverse Hessian of the layer's inputs, goes to the columns after it, in blocks of
-128. Columns with the largest inputs come first. Groups lie on the columns' own order and are fixed before the walk.
+*How it works*: the error of a column, weighed by the inverse Hessian of the layer's inputs, goes to the columns after it, to the near
+ones at once and to the others in products. Columns with the largest inputs come first. Groups lie on the columns' own order and are
+fixed before the walk.
 *Shapes*: as `rtn`. hessian (in, in).
 *Relations*: `lean` walks the same way on better grids. The grid is `rtn`'s, so it can be exported to compressed-tensors and GPTQ files.
 *Paper*: Frantar et al. 2023, GPTQ (ICLR), algorithm 1; column order, damping and true-sequential as in its released code.

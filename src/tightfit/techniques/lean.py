@@ -1,15 +1,15 @@
 """lean: round a layer's weights on values that are learned for each row from what an error there costs, and let later columns make good.
 
 *What shrinks*: the blocks' weights, to `bits` each and a table of 2^bits · 16 bits a row: 4.06, 3.03 or 2.02 bits at 4,096 columns.
-*What it costs*: calibration text, and minutes a billion weights in `tightfit quantize`; memory as `gptq`. Applied without it
-(`run --technique lean`) rows get the tables that fit their weights best, and nothing is made good. Running, few tokens are multiplied
-straight from the codes, many are decoded slice by slice.
+*What it costs*: calibration text, and minutes a billion weights in `tightfit quantize`; memory as `gptq`, and the samples' hidden states
+twice. Applied without it (`run --technique lean`) rows get the tables that fit their weights best, and nothing is made good. Running, few
+tokens are multiplied straight from the codes, many are decoded slice by slice.
 *How it works*: `gptq`'s walk over the columns, on values that weighted k-means found in each row before it: a weight's importance is the
 inverse Hessian's diagonal to the power -p, so that values lie where rounding would cost most. A row whose few large inputs drew all
 values to them (a massive activation) does far better on values that count all weights the same: each row takes what came out better.
 A layer aims at what it gave in the dense model, half-way: what is rounded are the least squares of that, from the inputs that the
-layers before it spoiled. After the walk `rounds` times: the best table for the codes, in closed form, then one descent over the codes.
-Neither can raise the layer's output error, inputs damped.
+layers before it spoiled; where there are fewer than 4 tokens a column, it does not. After the walk `rounds` times: the best table for
+the codes, in closed form, then one descent over the codes. Neither can raise the layer's output error, inputs damped.
 *Shapes*: weight (out, in · bits / 8) int8, weight_table (out, 2^bits) bfloat16; with `grid=affine` as `rtn`. hessian (in, in).
 *Relations*: `grid=affine` finds evenly spaced values by a search over ranges, which other programs can load; `gptq` is the same without
 learned values. LoRA and QST tune on top.
@@ -44,7 +44,7 @@ class Lean:
     power: float = 2.0  # p of the importance; 1 to 4 fit alike, 0 counts all weights the same
     weighting: str = "conditional"  # the inverse Hessian's diagonal given the columns before, as released; or plain, as in the text
     spread: bool = True  # rows also try values that count all weights the same, and keep the better; a third longer
-    aim: float = 0.5  # share of what the layers before it lost that a layer makes good; 0: none, and samples go through one model, not two
+    aim: float = 0.5  # share of what the layers before it lost that a layer makes good, given 4 tokens a column; 0 reads half as long
     rounds: int = 4  # turns after the walk; each costs one to three walks, at 8 bits far more; gains most at few
     act_order: bool = True  # columns with the largest inputs first; costs nothing when running
     damping: float = 0.1  # share of the mean diagonal that is added to the Hessian; raised tenfold where it is singular

@@ -16,7 +16,8 @@ class QuantizePlan:
     """A quantization, decided beforehand.
 
     - `technique` with `settings`; `samples` texts of `tokens` tokens are read, `rows` at a time (none where no inputs are needed);
-    - `layers`: how many are quantized, with how many `weights`; `states_on`: where the hidden states of all samples rest (`ram` or `disk`);
+    - `layers`: how many are quantized (matrices of fused experts one by one), with how many `weights`;
+    - `states_on`: where the hidden states of all samples rest (`ram` or `disk`);
     - `predicted`: bytes by kind at the peak on the compute tier; `output_bytes`: what will be written;
     - `bits_per_weight`: of the quantized layers, tables and scales included.
     """

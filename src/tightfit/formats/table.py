@@ -59,10 +59,9 @@ class TableCodec(Codec):
 
 def nearest(dense: Tensor, grid: TableGrid) -> Tensor:
     """The nearest code of every weight.  # (rows, columns) → the same, uint8"""
-    middles = (grid.table[:, 1:] + grid.table[:, :-1]) / 2
     step = max(1, _ENCODE_ROWS // dense.shape[1])
     found = (
         torch.searchsorted(middle.contiguous(), part.float()).to(torch.uint8)
-        for part, middle in zip(dense.split(step), middles.split(step), strict=True)
+        for part, middle in zip(dense.split(step), grid.middles.split(step), strict=True)
     )
     return torch.cat(list(found))

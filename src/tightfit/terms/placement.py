@@ -1,0 +1,80 @@
+"""Placement: where each operator goes, what the simulated step takes, and how far from the best it can be."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Placement:
+    """A device for each operator, and the order in which a device starts what it has."""
+
+    device_of: tuple[int, ...]  # by operator
+    order: tuple[int, ...]  # all operators, each after what it reads; a device runs its own in this order
+    by: str  # which algorithm found it
+
+
+@dataclass(frozen=True)
+class Transfer:
+    """One output on its way to one device."""
+
+    operator: int
+    source: int
+    target: int
+    start: float
+    end: float
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """The simulated step: when what runs and travels, and each device's memory over time."""
+
+    start: tuple[float, ...]  # seconds, by operator
+    end: tuple[float, ...]
+    transfers: tuple[Transfer, ...]
+    memory: tuple[tuple[tuple[float, int], ...], ...]  # by device: (from this second on, so many bytes), in order of time
+
+    @property
+    def makespan(self) -> float:
+        """Seconds from the start of the first operator to the end of the last."""
+        return max(self.end)
+
+    @property
+    def peak_bytes(self) -> tuple[int, ...]:
+        """The most that each device holds at any time."""
+        return tuple(max((held for _, held in steps), default=0) for steps in self.memory)
+
+
+@dataclass(frozen=True)
+class Placed:
+    """The answer: a placement, what it gives, and how far from the best it can be at most."""
+
+    objective: str  # makespan, or throughput
+    seconds: float  # the makespan, or the largest load of a device
+    bound_seconds: float  # no placement can be below
+    bound_by: str  # what the bound rests on: critical path, work, largest operator, memory, optimum
+    placement: Placement
+    peak_bytes: tuple[int, ...]
+    tried: Mapping[str, float | None]  # seconds by algorithm; None where it found no placement that fits
+    place_seconds: float  # that finding it took
+
+    @property
+    def gap(self) -> float:
+        """How far above the bound the answer is, as a share of the bound: 0.05 says that at most 5 % could be gained."""
+        return self.seconds / self.bound_seconds - 1 if self.bound_seconds else 0.0
+
+    def to_json(self) -> dict[str, Any]:
+        """The answer without its graph; operators stand by number."""
+        return {
+            "objective": self.objective,
+            "seconds": self.seconds,
+            "bound_seconds": self.bound_seconds,
+            "bound_by": self.bound_by,
+            "gap": self.gap,
+            "by": self.placement.by,
+            "device_of": list(self.placement.device_of),
+            "order": list(self.placement.order),
+            "peak_bytes": list(self.peak_bytes),
+            "tried": dict(self.tried),
+            "place_seconds": self.place_seconds,
+        }

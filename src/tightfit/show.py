@@ -9,6 +9,7 @@ from rich.table import Table
 from rich.text import Text
 
 from tightfit.terms.footprint import KINDS, total
+from tightfit.terms.placement import PlaceReport
 from tightfit.terms.plan import Plan
 from tightfit.terms.quantizing import QuantizePlan, QuantizeReport
 from tightfit.terms.report import Report
@@ -65,6 +66,8 @@ def _(plan: QuantizePlan, console: Console) -> None:
     kinds = ", ".join(f"{kind} {show_bytes(size)}" for kind, size in plan.predicted.items() if size)
     console.print(f"  {tier:<11} {show_bytes(plan.predicted_bytes)} of {show_bytes(plan.budget.bytes_of(tier))}: {kinds}")
     console.print(f"  writes      {show_bytes(plan.output_bytes)}")
+    for note in plan.notes:
+        console.print(f"  [yellow]note        {escape(note)}[/]")
 
 
 @singledispatch
@@ -107,8 +110,42 @@ def _(report: QuantizeReport, console: Console) -> None:
         f"in {show_seconds(report.seconds)} ({plan.weights / report.seconds / 1e6:.2f} million weights a second)"
     )
     console.print(f"process {show_bytes(report.peak_bytes)} at the peak; planned {show_bytes(plan.predicted_bytes)}")
+    for note in report.notes:
+        console.print(f"[bright_black]{escape(note)}[/]")
     for warning in report.warnings:
         console.print(f"[yellow]warning: {warning}[/]")
+
+
+@show_report.register
+def _(report: PlaceReport, console: Console) -> None:
+    graph, placed = report.graph, report.placed
+    console.print(f"[bold]{escape(graph.name)}[/]: {len(graph.operators)} operators on {len(report.cluster.devices)} devices")
+    found = {
+        "makespan": f"a step takes {show_seconds(placed.seconds)}",
+        "throughput": f"a sample leaves every {show_seconds(placed.seconds)}",
+    }
+    room = f"at most {placed.gap:.1%} from the best" if placed.gap > 1e-9 else "the best there is"
+    bound = f"nothing is below {show_seconds(placed.bound_seconds)}: {placed.bound_by}"
+    console.print(
+        f"  found       {found[placed.objective]}, by {placed.placement.by}, {room} ({bound}), "
+        f"in {show_seconds(placed.place_seconds)}"
+    )
+    table = Table(box=None, pad_edge=False, show_header=True, header_style="bold")
+    for name in ("  device", "operators", "load", "memory at the peak", ""):
+        table.add_column(name, justify="left" if name in ("  device", "") else "right")
+    for number, (device, peak, load) in enumerate(zip(report.cluster.devices, placed.peak_bytes, report.loads, strict=True)):
+        share = round(_WIDTH / 2 * peak / device.memory_bytes)
+        table.add_row(
+            f"  {device.name}",
+            str(placed.placement.device_of.count(number)),
+            show_seconds(load),
+            f"{show_bytes(peak)} of {show_bytes(device.memory_bytes)}",
+            Text("■" * share, style="blue").append("·" * (_WIDTH // 2 - share), style="bright_black"),
+        )
+    console.print(table)
+    for name, seconds in placed.tried.items():
+        told = "no placement that fits" if seconds is None else show_seconds(seconds)
+        console.print(f"  [bright_black]tried       {escape(name)}: {told}[/]")
 
 
 @singledispatch

@@ -1,6 +1,7 @@
 """Quantize: block by block as a plain loop over the whole model would do it, resumed after any end, and loaded by everybody."""
 
 import json
+import re
 
 import pytest
 import torch
@@ -20,6 +21,7 @@ from tightfit.terms.errors import TightfitError
 from tightfit.terms.plan import Plan
 from tightfit.terms.workload import Workload
 from tightfit.verbs.quantizing import plan_quantize
+from tightfit.verbs.quantizing import quantize as carry_out
 
 FAMILIES = ["llama", "llama-tied", "qwen3", "gpt-neox", "opt", "bloom", "gpt2", "gptj", "bert", "qwen3-moe", "mixtral"]
 SAMPLES = torch.randint(1, 384, (6, 24), generator=torch.Generator().manual_seed(5))
@@ -227,6 +229,36 @@ def test_the_dense_model_is_never_there_whole(saved, tmp_path):
     made.progress = look
     quantize(made, tmp_path / "out")
     assert max(alive) == 1 and len(alive) == 28
+
+
+def test_a_text_too_short_to_aim_is_told_beforehand():
+    def notes(samples, technique="lean"):
+        return plan_quantize("tightfit-demo", torch.ones(samples, 64, dtype=torch.long), technique).notes
+
+    columns = widest("tightfit-demo")
+    assert notes(1) == (f"64 tokens do not suffice to aim layers of {columns} columns at the dense model; {4 * columns} would",)
+    assert notes(1, "gptq") == () == notes(columns // 16)
+
+
+def widest(model):
+    blocks = describe(model, "embed").meta_model().model.layers
+    return max(module.in_features for module in blocks.modules() if isinstance(module, torch.nn.Linear))
+
+
+def test_what_a_layer_is_fed_is_planned_beside_the_dense_block():
+    samples = torch.ones(4, 512, dtype=torch.long)
+    plans = [plan_quantize("tightfit-demo", samples, "lean", {"aim": aim}, Budget.parse(None, "4GiB", "100GiB")) for aim in (0.5, 0.0)]
+    states = 4 * 512 * 256 * 2
+    assert plans[0].predicted["activations"] - plans[1].predicted["activations"] == states + 4 * 4 * 512 * widest("tightfit-demo")
+
+
+def test_experts_that_the_text_does_not_reach_are_told_afterwards(saved, tmp_path):
+    folder, samples = str(saved("mixtral")), SAMPLES[:1, :8]
+    report = carry_out(plan_quantize(folder, samples, "gptq"), samples, str(tmp_path / "out"))
+    assert len(report.notes) == 1 and re.fullmatch(
+        r"too little of the text reaches \d+ experts; they are rounded as they are", report.notes[0]
+    )
+    assert report.to_json()["notes"] == report.notes
 
 
 def test_behind_a_gpu_hidden_states_rest_in_ram():

@@ -17,7 +17,7 @@ from tightfit.terms.budget import Budget
 from tightfit.terms.errors import DoesNotFit
 from tightfit.terms.footprint import total
 from tightfit.terms.machine import Machine
-from tightfit.terms.quantizing import QuantizePlan
+from tightfit.terms.quantizing import TOKENS_PER_COLUMN, QuantizePlan
 from tightfit.terms.units import show_bytes
 from tightfit.terms.workload import Workload
 
@@ -50,10 +50,10 @@ def plan_solving(
     shrunk = [sum(tensor_bytes(tensor) for tensor in _tensors(block)) for _, block in blocks_of(small)]
     mixed = [layer for layer in layers.values() if isinstance(layer, QuantizedExperts)] if technique.needs_inputs() else []
     states = _states_bytes(text, skeleton, mixed) * (2 if technique.needs_dense_inputs() else 1)
-    choices = text.samples * text.tokens * ROUTING_BYTES if mixed else 0
+    columns = max((layer.shape[1] for layer in layers.values() if isinstance(layer, QuantizedLinear)), default=0)
     parts = {
         "weights": outside + max(one + other for one, other in zip(blocks, shrunk, strict=True)),
-        "activations": _activations(skeleton, text) + choices if technique.needs_inputs() else 0,
+        "activations": _reading_bytes(technique, skeleton, text, columns, bool(mixed)) if technique.needs_inputs() else 0,
         "workspace": max(_solving_bytes(technique, module) for module in layers.values()),
     }
     tier = budget.compute_tier
@@ -73,8 +73,16 @@ def plan_solving(
     matrices, quantized = sum(map(matrices_in, layers.values())), sum(_weights(module) for module in layers.values())
     return QuantizePlan(
         skeleton.name, name, settings, text.samples, text.tokens, text.rows, matrices, quantized, home, budget, predicted, written,
-        8 * sum(_stored(module) for module in layers.values()) / quantized,
+        8 * sum(_stored(module) for module in layers.values()) / quantized, _notes(technique, text, columns),
     )  # fmt: skip
+
+
+def _notes(technique: Solves, text: Calibration, columns: int) -> tuple[str, ...]:
+    """Where the text is too short for all that the technique would do."""
+    tokens = text.samples * text.tokens
+    if not technique.needs_dense_inputs() or tokens >= TOKENS_PER_COLUMN * columns:
+        return ()
+    return (f"{tokens} tokens do not suffice to aim layers of {columns} columns at the dense model; {TOKENS_PER_COLUMN * columns} would",)
 
 
 def _tensors(module: nn.Module) -> list[Any]:
@@ -100,14 +108,16 @@ def _states_bytes(text: Calibration, skeleton: Skeleton, mixed: list[QuantizedEx
     return text.samples * text.tokens * (skeleton.config.get_text_config(decoder=True).hidden_size + inner) * skeleton.dtype.itemsize
 
 
-def _activations(skeleton: Skeleton, text: Calibration) -> int:
-    """Of a pass through the blocks, whose logits nobody needs."""
+def _reading_bytes(technique: Solves, skeleton: Skeleton, text: Calibration, columns: int, mixed: bool) -> int:
+    """Of a pass through the blocks, whose logits nobody needs, and what is noted of the inputs on the way."""
+    choices = text.samples * text.tokens * ROUTING_BYTES if mixed else 0
+    aside = 4 * text.rows * text.tokens * columns if technique.needs_dense_inputs() else 0  # a layer's inputs, while the dense block runs
 
     def inner() -> nn.Module:
         return skeleton.meta_model().base_model  # type: ignore[return-value]
 
     peak = rehearse(inner, Workload("embed", text.rows, text.tokens)).peak
-    return total(peak) - peak.get("weights", 0)
+    return total(peak) - peak.get("weights", 0) + choices + aside
 
 
 def _solving_bytes(technique: Solves, module: nn.Module) -> int:

@@ -5,24 +5,21 @@ letting them through that block alone. The model's own code says with what each 
 """
 
 import copy
-import inspect
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, get_args, get_origin, get_type_hints
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten
 
+from tightfit.runtime.hollow import Enough, forward_of, handed_on, without_cache
 from tightfit.terms.errors import TightfitError
-
-
-class Enough(Exception):
-    """The rest of a forward pass is not needed."""
+from tightfit.terms.quantizing import TOKENS_PER_COLUMN
 
 
 @dataclass(frozen=True)
@@ -66,15 +63,15 @@ def first_states(walk: Walk) -> tuple[Tensor, list[Call]]:
             states[0][begin : begin + len(hidden)] = hidden
         if position == len(walk.blocks) - 1:
             raise Enough
-        return _handed_on(walk.blocks[position][1], hidden)
+        return handed_on(walk.blocks[position][1], hidden)
 
     with ExitStack() as hooks:
         for position, (_, block) in enumerate(walk.blocks):
-            hooks.enter_context(_forward_of(block, partial(hollow, position)))
+            hooks.enter_context(forward_of(block, partial(hollow, position)))
         for begin in range(0, len(walk.samples), walk.rows):  # `hollow` reads `begin`
             seen.clear()
             with suppress(Enough), _one_line(walk):
-                walk.model(input_ids=walk.samples[begin : begin + walk.rows].to(walk.device), **_without_cache(walk.model))
+                walk.model(input_ids=walk.samples[begin : begin + walk.rows].to(walk.device), **without_cache(walk.model))
     if sorted(calls) != list(range(len(walk.blocks))):
         raise _unlike(walk, "not at all")
     return states[0], [calls[position] for position in range(len(walk.blocks))]
@@ -126,33 +123,6 @@ def room(path: Path | None, like: Tensor, shape: Sequence[int]) -> Tensor:
     except OSError as error:
         raise TightfitError(f"cannot write `{path}`: {error.strerror}", hint="make room, or give fewer samples") from error
     return torch.from_file(str(path), shared=True, size=count, dtype=like.dtype).view(shape)
-
-
-def _without_cache(model: nn.Module) -> dict[str, Any]:
-    """No keys and values are kept, where the model would; some take the wish among others of any name."""
-    parameters = inspect.signature(type(model).forward).parameters.values()
-    return {"use_cache": False} if any(each.name == "use_cache" or each.kind is each.VAR_KEYWORD for each in parameters) else {}
-
-
-def _handed_on(block: nn.Module, hidden: Tensor) -> Any:
-    """As the class hands it on: alone, or as the first of several, as older ones do."""
-    returns = get_type_hints(type(block).forward).get("return")
-    if get_origin(returns) is not tuple:
-        return hidden
-    return (hidden, *[None] * (max(2, len(get_args(returns))) - 1))
-
-
-@contextmanager
-def _forward_of(block: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
-    before = vars(block).get("forward")
-    block.forward = forward
-    try:
-        yield
-    finally:
-        if before is None:
-            del block.forward
-        else:
-            block.forward = before
 
 
 def _through(block: nn.Module, hidden: Tensor, call: Call) -> Tensor:
@@ -215,10 +185,6 @@ def hessian_of(walk: Walk, name: str, door: Door, dense: Door | None) -> tuple[T
                 yield x, _fed(walk, name, dense, part) if dense and whole else None
 
     return means_of(pairs())
-
-
-TOKENS_PER_COLUMN = 4
-"""From which on aiming at the dense model helps tokens that were not read; with fewer it learns the text by heart."""
 
 
 def means_of(pairs: Iterable[tuple[Tensor, Tensor | None]]) -> tuple[Tensor, Tensor | None]:

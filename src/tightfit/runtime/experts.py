@@ -5,7 +5,6 @@ routes them whose layers before the experts are in few bits already; an expert's
 too, makes of them.
 """
 
-import logging
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -16,8 +15,6 @@ from tightfit.contracts import Solves
 from tightfit.formats.experts import TOKENS, QuantizedExperts
 from tightfit.runtime.calibrate import DENSE, Door, Walk, called, means_of, parts, room
 from tightfit.runtime.solve import located, solved
-
-log = logging.getLogger(__name__)
 
 EXPERTS = "experts-"
 """What the file of the states that enter fused experts is called before its name."""
@@ -89,8 +86,8 @@ def _rooms(walk: Walk, hidden: Tensor, choices: Tensor, stem: str) -> list[Tenso
 
 def solve_experts(
     technique: Solves, path: str, dense: nn.Module, layer: QuantizedExperts, routed: Routed, told: Callable[[str], None]
-) -> None:
-    """Fill `layer` with the solved matrices of `dense`; experts that few tokens reach are rounded, and how many is logged.
+) -> int:
+    """Fill `layer` with the solved matrices of `dense`; experts that few tokens reach are rounded, and their number is returned.
 
     `told` hears the path of each matrix that is done. Raises `TightfitError` with that path in front.
     """
@@ -111,8 +108,7 @@ def solve_experts(
                 with located(where):
                     layer.absorb_expert(name, expert, dense.get_parameter(name)[expert])
             told(where)
-    if missed:
-        log.warning("`%s`: too little of the text reaches %d of %d experts; they are rounded as they are", path, missed, layer.num_experts)
+    return missed
 
 
 def _inside(dense: nn.Module, layer: QuantizedExperts, expert: int, inputs: Pairs) -> Pairs:

@@ -8,7 +8,7 @@ import hashlib
 import json
 import os
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
@@ -47,7 +47,10 @@ Progress = Callable[[int, int, str], None]
 
 @dataclass
 class Job:
-    """One model on its way into few bits. `rows` samples go through a block at once; hidden states may rest `on_disk`."""
+    """One model on its way into few bits. `rows` samples go through a block at once; hidden states may rest `on_disk`.
+
+    `rounded` experts are those of the blocks done here that too little of the text reached to solve them.
+    """
 
     skeleton: Skeleton
     technique: Solves
@@ -56,6 +59,7 @@ class Job:
     device: torch.device
     on_disk: bool = False
     progress: Progress = lambda done, whole, layer: None
+    rounded: int = field(default=0, init=False)
 
     def __post_init__(self) -> None:
         self.model = self.skeleton.meta_model().requires_grad_(False)  # dense; one block at a time has its weights
@@ -194,8 +198,10 @@ def _solve_linear(job: Job, walk: Walk, path: str, block: nn.Module, names: list
 def _solve_experts(job: Job, walk: Walk, path: str, block: nn.Module, name: str, door: Door, dense: Door | None) -> None:
     layer, routed = job.target.get_submodule(f"{path}.{name}"), routed_of(walk, name, door, dense)
     if routed:
-        solve_experts(job.technique, f"{path}.{name}", block.get_submodule(name), layer, routed, partial(_told, job))
+        job.rounded += solve_experts(job.technique, f"{path}.{name}", block.get_submodule(name), layer, routed, partial(_told, job))
         replace(block, name, layer)
+    else:
+        job.rounded += layer.num_experts
 
 
 def _told(job: Job, layer: str, matrices: int = 1) -> None:

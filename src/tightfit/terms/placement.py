@@ -4,6 +4,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from tightfit.terms.cluster import Cluster
+from tightfit.terms.graph import Graph
+
 
 @dataclass(frozen=True)
 class Placement:
@@ -77,4 +80,41 @@ class Placed:
             "peak_bytes": list(self.peak_bytes),
             "tried": dict(self.tried),
             "place_seconds": self.place_seconds,
+        }
+
+
+@dataclass(frozen=True)
+class PlaceReport:
+    """What `place` says: the answer beside the graph and the devices that it is for, and the simulated step."""
+
+    graph: Graph
+    ids: tuple[str, ...]  # what the graph's source calls each operator
+    cluster: Cluster
+    placed: Placed
+    schedule: Schedule
+    loads: tuple[float, ...]  # seconds that each device computes, receives and sends for one sample
+
+    def to_json(self) -> dict[str, Any]:
+        """One JSON object. `assignment` is the number of a device by what the source calls an operator."""
+        device_of = self.placed.placement.device_of
+        devices = [
+            {
+                "name": device.name,
+                "memory_bytes": device.memory_bytes,
+                "speed": device.speed,
+                "peak_bytes": peak,
+                "load_seconds": load,
+                "operators": device_of.count(number),
+            }
+            for number, (device, peak, load) in enumerate(zip(self.cluster.devices, self.placed.peak_bytes, self.loads, strict=True))
+        ]
+        return {
+            "graph": self.graph.name,
+            "operators": len(self.graph.operators),
+            "edges": len(self.graph.edges),
+            "makespan_seconds": self.schedule.makespan,
+            "largest_load_seconds": max(self.loads),
+            "devices": devices,
+            **self.placed.to_json(),
+            "assignment": dict(zip(self.ids, device_of, strict=True)),
         }

@@ -10,6 +10,9 @@ from tightfit.terms.footprint import total
 METHOD = "tightfit"
 """The `quant_method` in `config.json`, by which transformers finds the loader."""
 
+TOKENS_PER_COLUMN = 4
+"""From which on aiming at the dense model helps tokens that were not read; with fewer it learns the text by heart."""
+
 
 @dataclass(frozen=True)
 class QuantizePlan:
@@ -19,7 +22,8 @@ class QuantizePlan:
     - `layers`: how many are quantized (matrices of fused experts one by one), with how many `weights`;
     - `states_on`: where the hidden states of all samples rest (`ram` or `disk`);
     - `predicted`: bytes by kind at the peak on the compute tier; `output_bytes`: what will be written;
-    - `bits_per_weight`: of the quantized layers, tables and scales included.
+    - `bits_per_weight`: of the quantized layers, tables and scales included;
+    - `notes`: what a person should know of it.
     """
 
     model: str
@@ -35,6 +39,7 @@ class QuantizePlan:
     predicted: Mapping[str, int]
     output_bytes: int
     bits_per_weight: float
+    notes: tuple[str, ...] = ()
 
     @property
     def predicted_bytes(self) -> int:
@@ -48,13 +53,17 @@ class QuantizePlan:
 
 @dataclass(frozen=True)
 class QuantizeReport:
-    """What was measured: the process's peak by the kernel's count, and the time; `scores` tell how well it went, where that was asked."""
+    """What was measured: the process's peak by the kernel's count, and the time.
+
+    `scores` tell how well it went, where that was asked; `notes`, what the text did not suffice for.
+    """
 
     plan: QuantizePlan
     output: str
     peak_bytes: int
     seconds: float
     scores: Mapping[str, float] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
 
     @property
     def warnings(self) -> tuple[str, ...]:

@@ -108,7 +108,8 @@ def quantize(
     reset_peak()
     began = time.perf_counter()
     solve_all(job, Path(output), resume)
-    return QuantizeReport(planned, output, resident().peak, time.perf_counter() - began)
+    notes = (f"too little of the text reaches {job.rounded} experts; they are rounded as they are",) if job.rounded else ()
+    return QuantizeReport(planned, output, resident().peak, time.perf_counter() - began, notes=notes)
 
 
 def _described(model: str | Skeleton) -> Skeleton:

@@ -1,0 +1,91 @@
+"""Picture: the schedule of a placement as devices by time, with each device's memory below. Drawn by matplotlib, where it is installed."""
+
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from tightfit.terms.errors import TightfitError
+from tightfit.terms.placement import PlaceReport
+from tightfit.terms.units import show_bytes, show_seconds
+
+FORMATS = (".svg", ".png", ".pdf")
+_FORWARD, _BACKWARD, _MOVED, _HELD, _LIMIT = "#4c72b0", "#55a868", "#dd8452", "#8c8c8c", "#c44e52"
+
+
+def refuse_picture(file: str) -> None:
+    """Raise `TightfitError` for a kind of file that is no picture, and where matplotlib is missing."""
+    if Path(file).suffix not in FORMATS:
+        raise TightfitError(f"`{file}` is no picture", hint=f"name a file that ends in {', '.join(FORMATS)}")
+    if find_spec("matplotlib") is None:
+        raise TightfitError("pictures need matplotlib", hint="`pip install tightfit[plot]`")
+
+
+def draw_schedule(report: PlaceReport, file: str) -> None:
+    """Write the picture to `file`. Raises `TightfitError` where that cannot be."""
+    refuse_picture(file)
+    import matplotlib
+
+    matplotlib.use("Agg")
+    matplotlib.rcParams["svg.hashsalt"] = "tightfit"
+    import matplotlib.pyplot as plt
+
+    count = len(report.cluster.devices)
+    figure, (above, below) = plt.subplots(2, 1, figsize=(10, 1.8 + 0.8 * count), sharex=True, layout="constrained")
+    unit = 1e3 if report.schedule.makespan < 1 else 1.0
+    _time(above, report, unit)
+    _memory(below, report, unit)
+    below.set_xlabel("milliseconds" if unit > 1 else "seconds")
+    above.set_title(
+        f"{report.graph.name}: {len(report.graph.operators)} operators by {report.placed.placement.by}, "
+        f"{show_seconds(report.schedule.makespan)} a step, at most {report.placed.gap:.1%} from the best for {report.placed.objective}",
+        fontsize=10,
+    )
+    try:
+        figure.savefig(file, metadata={"Date": None} if file.endswith(".svg") else None)
+    except OSError as error:
+        raise TightfitError(f"cannot write `{file}`: {error.strerror}") from error
+    finally:
+        plt.close(figure)
+
+
+def _time(axes: Any, report: PlaceReport, unit: float) -> None:
+    """Above each device's line what it runs, below it what it receives."""
+    kinds = {"forward": (False, _FORWARD), "backward": (True, _BACKWARD)}
+    device_of = report.placed.placement.device_of
+    for name, (backward, color) in kinds.items():
+        for device in range(len(report.cluster.devices)):
+            bars = [
+                (report.schedule.start[at] * unit, (report.schedule.end[at] - report.schedule.start[at]) * unit)
+                for at, operator in enumerate(report.graph.operators)
+                if device_of[at] == device and operator.backward == backward
+            ]
+            axes.broken_barh(bars, (device - 0.38, 0.5), facecolors=color, edgecolors="white", linewidth=0.2)
+        if any(operator.backward == backward for operator in report.graph.operators):
+            axes.bar([0], [0], color=color, label=name)
+    for move in report.schedule.transfers:
+        axes.broken_barh([(move.start * unit, (move.end - move.start) * unit)], (move.target + 0.16, 0.16), facecolors=_MOVED)
+    if report.schedule.transfers:
+        axes.bar([0], [0], color=_MOVED, label="receives")
+    axes.set_yticks(range(len(report.cluster.devices)), [device.name for device in report.cluster.devices])
+    axes.invert_yaxis()
+    axes.set_xlim(0, report.schedule.makespan * unit)
+    axes.legend(ncols=3, loc="lower right", bbox_to_anchor=(1.0, 1.0), frameon=False, fontsize=8)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.tick_params(labelsize=8)
+
+
+def _memory(axes: Any, report: PlaceReport, unit: float) -> None:
+    """Each device's memory over time, as a share of what it has, between its line and the next one."""
+    for number, (device, steps) in enumerate(zip(report.cluster.devices, report.schedule.memory, strict=True)):
+        times = [time * unit for time, _ in steps] + [report.schedule.makespan * unit]
+        shares = [held / device.memory_bytes for _, held in steps]
+        floor = number + 0.4
+        axes.fill_between(times, floor, [floor - 0.8 * share for share in (*shares, shares[-1])], step="post", color=_HELD, linewidth=0)
+        axes.axhline(floor - 0.8, color=_LIMIT, linestyle="--", linewidth=0.8)
+        peak = report.placed.peak_bytes[number]
+        axes.text(0.995, floor - 0.06, f"{show_bytes(peak)} of {show_bytes(device.memory_bytes)}", fontsize=7, ha="right",
+                  transform=axes.get_yaxis_transform())  # fmt: skip
+    axes.set_yticks(range(len(report.cluster.devices)), [device.name for device in report.cluster.devices])
+    axes.set_ylim(len(report.cluster.devices) - 0.5, -0.5)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.tick_params(labelsize=8)

@@ -35,9 +35,10 @@ def draw_schedule(report: PlaceReport, file: str) -> None:
     _time(above, report, unit)
     _memory(below, report, unit)
     below.set_xlabel("milliseconds" if unit > 1 else "seconds")
-    above.set_title(
-        f"{report.graph.name}: {len(report.graph.operators)} operators by {report.placed.placement.by}, "
-        f"{show_seconds(report.schedule.makespan)} a step, at most {report.placed.gap:.1%} from the best for {report.placed.objective}",
+    gap = f"at most {report.placed.gap:.1%} from the best" if report.placed.gap > 1e-9 else "the best there is"
+    figure.suptitle(
+        f"{report.graph.name}: {len(report.graph.operators)} operators, {show_seconds(report.schedule.makespan)} a step; "
+        f"{report.placed.objective} by {report.placed.placement.by}, {gap}",
         fontsize=10,
     )
     try:
@@ -67,7 +68,7 @@ def _time(axes: Any, report: PlaceReport, unit: float) -> None:
     if report.schedule.transfers:
         axes.bar([0], [0], color=_MOVED, label="receives")
     axes.set_yticks(range(len(report.cluster.devices)), [device.name for device in report.cluster.devices])
-    axes.invert_yaxis()
+    axes.set_ylim(len(report.cluster.devices) - 0.5, -0.5)
     axes.set_xlim(0, report.schedule.makespan * unit)
     axes.legend(ncols=3, loc="lower right", bbox_to_anchor=(1.0, 1.0), frameon=False, fontsize=8)
     axes.spines[["top", "right"]].set_visible(False)
@@ -83,8 +84,8 @@ def _memory(axes: Any, report: PlaceReport, unit: float) -> None:
         axes.fill_between(times, floor, [floor - 0.8 * share for share in (*shares, shares[-1])], step="post", color=_HELD, linewidth=0)
         axes.axhline(floor - 0.8, color=_LIMIT, linestyle="--", linewidth=0.8)
         peak = report.placed.peak_bytes[number]
-        axes.text(0.995, floor - 0.06, f"{show_bytes(peak)} of {show_bytes(device.memory_bytes)}", fontsize=7, ha="right",
-                  transform=axes.get_yaxis_transform())  # fmt: skip
+        told = f"{show_bytes(peak)} of {show_bytes(device.memory_bytes)}"
+        axes.text(1.005, floor - 0.4, told, fontsize=7, va="center", transform=axes.get_yaxis_transform())
     axes.set_yticks(range(len(report.cluster.devices)), [device.name for device in report.cluster.devices])
     axes.set_ylim(len(report.cluster.devices) - 0.5, -0.5)
     axes.spines[["top", "right"]].set_visible(False)

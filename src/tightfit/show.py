@@ -25,6 +25,7 @@ _COLORS = {
     "overhead": "bright_black",
 }
 _WIDTH = 56
+_NARROW = 16
 
 
 @singledispatch
@@ -127,20 +128,19 @@ def _(report: PlaceReport, console: Console) -> None:
     room = f"at most {placed.gap:.1%} from the best" if placed.gap > 1e-9 else "the best there is"
     bound = f"nothing is below {show_seconds(placed.bound_seconds)}: {placed.bound_by}"
     console.print(
-        f"  found       {found[placed.objective]}, by {placed.placement.by}, {room} ({bound}), "
-        f"in {show_seconds(placed.place_seconds)}"
+        f"  found       {found[placed.objective]}, by {placed.placement.by}, {room} ({bound}), in {show_seconds(placed.place_seconds)}"
     )
     table = Table(box=None, pad_edge=False, show_header=True, header_style="bold")
     for name in ("  device", "operators", "load", "memory at the peak", ""):
         table.add_column(name, justify="left" if name in ("  device", "") else "right")
     for number, (device, peak, load) in enumerate(zip(report.cluster.devices, placed.peak_bytes, report.loads, strict=True)):
-        share = round(_WIDTH / 2 * peak / device.memory_bytes)
+        share = round(_NARROW * peak / device.memory_bytes)
         table.add_row(
             f"  {device.name}",
             str(placed.placement.device_of.count(number)),
             show_seconds(load),
             f"{show_bytes(peak)} of {show_bytes(device.memory_bytes)}",
-            Text("■" * share, style="blue").append("·" * (_WIDTH // 2 - share), style="bright_black"),
+            Text("■" * share, style="blue").append("·" * (_NARROW - share), style="bright_black"),
         )
     console.print(table)
     for name, seconds in placed.tried.items():
@@ -157,6 +157,11 @@ def use_of(report: Report, folder: str) -> str:
 @use_of.register
 def _(report: QuantizeReport, folder: str) -> str:
     return f"tightfit run {folder} --prompt …"
+
+
+@use_of.register
+def _(report: PlaceReport, folder: str) -> str:
+    return f"jq .assignment {folder}"
 
 
 def _against(name: str, planned: int, measured: int, least: int) -> tuple[str, str, str, str]:

@@ -47,6 +47,7 @@ def answered(tightfit_says: Callable[..., Any], tmp_path: Path) -> Callable[[str
         "tune": ["tightfit-demo", *tuned, "--eval", tmp_path / "some.jsonl", "-o", tmp_path / "out"],
         "export": [tmp_path / "out", "-o", tmp_path / "exported"],
         "quantize": ["tightfit-demo", tmp_path / "some.txt", "--context", "64", "--samples", "2", "-o", tmp_path / "small"],
+        "place": ["--graph", PAGE.parent / "sample-graph.json", "--devices", "2x1GB", "--seconds", "0"],
         "list": [],
         "explain": ["int8"],
         "demo": [],
@@ -62,7 +63,7 @@ def answered(tightfit_says: Callable[..., Any], tmp_path: Path) -> Callable[[str
     return answer
 
 
-@pytest.mark.parametrize("verb", ["plan", "run", "eval", "tune", "export", "quantize", "list", "explain", "demo"])
+@pytest.mark.parametrize("verb", ["plan", "run", "eval", "tune", "export", "quantize", "place", "list", "explain", "demo"])
 def test_page_names_the_fields_that_are_there(verb: str, answered: Callable[[str], dict[str, Any]]) -> None:
     names = documented(verb)
     assert fields_of(answered(verb), names) == names

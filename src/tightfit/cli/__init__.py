@@ -225,7 +225,7 @@ def demo_command(as_json: Json = False) -> None:
     emit(demo(Console(file=StringIO()) if as_json else out), as_json)
 
 
-from tightfit.cli import quantizing, recipe, tuning  # noqa: E402, F401  # their verbs join the app
+from tightfit.cli import placing, quantizing, recipe, tuning  # noqa: E402, F401  # their verbs join the app
 
 
 def main() -> None:

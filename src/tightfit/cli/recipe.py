@@ -14,6 +14,7 @@ from tightfit.catalog import explain, recipe, recipe_names
 from tightfit.cli.options import LATER, Json, app, quiet, shown
 from tightfit.recipes import Told
 from tightfit.talk import bar, emit, out, refuse_unwritable, talk, write
+from tightfit.terms.placement import PlaceReport
 from tightfit.terms.quantizing import QuantizeReport
 from tightfit.terms.report import Report
 from tightfit.terms.units import show_bytes
@@ -46,7 +47,7 @@ app.add_typer(
 )
 
 
-def _command(name: str, run: Callable[..., Report | QuantizeReport]) -> Callable[..., None]:
+def _command(name: str, run: Callable[..., Report | QuantizeReport | PlaceReport]) -> Callable[..., None]:
     """What the command line calls: the recipe with the options that every verb has."""
     declared = signature(run, eval_str=True).parameters
     help_of = {setting["name"]: setting["price"] for setting in explain(name)["settings"]}
@@ -121,7 +122,7 @@ def _listening(shows: bool) -> Iterator[Told]:
         )
 
 
-def _tell(report: Report | QuantizeReport, output: str) -> None:
+def _tell(report: Report | QuantizeReport | PlaceReport, output: str) -> None:
     """What came of it, one figure a line; bytes by their names."""
     for name, score in report.scores.items():
         told = show_bytes(int(score)) if name.endswith("_bytes") else f"{int(score)}" if score == int(score) else f"{score:.4f}"

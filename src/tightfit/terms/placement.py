@@ -1,7 +1,7 @@
 """Placement: where each operator goes, what the simulated step takes, and how far from the best it can be."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from tightfit.terms.cluster import Cluster
@@ -93,6 +93,8 @@ class PlaceReport:
     placed: Placed
     schedule: Schedule
     loads: tuple[float, ...]  # seconds that each device computes, receives and sends for one sample
+    device_map: Mapping[str, int] | None = None  # module paths by device, for `from_pretrained(device_map=…)`
+    scores: Mapping[str, float] = field(default_factory=dict)  # what a recipe found beside it
 
     def to_json(self) -> dict[str, Any]:
         """One JSON object. `assignment` is the number of a device by what the source calls an operator."""
@@ -117,4 +119,6 @@ class PlaceReport:
             "devices": devices,
             **self.placed.to_json(),
             "assignment": dict(zip(self.ids, device_of, strict=True)),
+            "device_map": None if self.device_map is None else dict(self.device_map),
+            "scores": dict(self.scores),
         }

@@ -1,0 +1,112 @@
+"""Place: ask every algorithm, make the best answer better, and say how far from the best possible it can be."""
+
+import time
+from collections.abc import Callable, Mapping
+
+from tightfit.planner.placement.bounds import bound, least_memory
+from tightfit.planner.placement.exact import exact
+from tightfit.planner.placement.heft import heft
+from tightfit.planner.placement.improve import Effort, improve
+from tightfit.planner.placement.m_etf import m_etf
+from tightfit.planner.placement.m_sct import m_sct
+from tightfit.planner.placement.m_topo import m_topo
+from tightfit.planner.placement.orders import depth_first
+from tightfit.planner.placement.pack import first_that_fits
+from tightfit.planner.placement.simulate import simulate
+from tightfit.planner.placement.throughput import throughput
+from tightfit.terms.cluster import Cluster
+from tightfit.terms.errors import DoesNotFit
+from tightfit.terms.graph import Graph
+from tightfit.terms.placement import Placed, Placement
+from tightfit.terms.units import show_bytes
+
+BAECHI = {"m-TOPO": m_topo, "m-ETF": m_etf, "m-SCT": m_sct}
+"""The paper's three, by the paper's names."""
+
+_MOST_FOR_PROGRAM = 40
+"""Operators up to which the integer program is asked, too."""
+
+_ABOVE = 1 + 1e-9
+"""Times a bound: more is not rounding."""
+
+_SEARCHED = 0.4
+"""Of the time, for local search, where the integer program comes after it."""
+
+_MOST_EDGES = 30_000  # for m-SCT, whose linear program takes a minute there
+
+
+def place(graph: Graph, cluster: Cluster, objective: str = "makespan", seconds: float = 10.0, seed: int = 0) -> Placed:
+    """The best placement that is found: no worse than Baechi's three, and never past a device's memory.
+
+    `objective`: `makespan`, one step from its first operator to its last, or `throughput`, the largest load of a pipeline's device.
+    `seconds`: for making the best answer better; the algorithms themselves take what they take. The same `seed` looks at the same places,
+    as far as time allows. Raises `DoesNotFit` where no placement fits, or none was found.
+    """
+    if objective == "throughput":
+        return throughput(graph, cluster, max(1.0, seconds), seed=seed)
+    began = time.perf_counter()
+    least_memory(graph, cluster)
+    found = {name: algorithm(graph, cluster) for name, algorithm in _algorithms(graph).items()}
+    tried = {name: simulate(graph, cluster, placement).makespan if placement else None for name, placement in found.items()}
+    fitting = {name: taken for name, taken in tried.items() if taken is not None}
+    if not fitting:
+        raise _none_found(graph, cluster)
+    best = min(fitting, key=lambda name: fitting[name])
+    below, by = bound(graph, cluster)
+    placement = found[best]
+    assert placement is not None, "what has a makespan was found"
+    if seconds and fitting[best] > below * _ABOVE:
+        placement, below, by, more = _better(graph, cluster, placement, (below, by), seconds, seed)
+        tried |= more
+    step = simulate(graph, cluster, placement)
+    return Placed(
+        "makespan", step.makespan, min(below, step.makespan), by, placement, step.peak_bytes, tried, time.perf_counter() - began
+    )  # fmt: skip
+
+
+def _better(
+    graph: Graph, cluster: Cluster, start: Placement, known: tuple[float, str], seconds: float, seed: int
+) -> tuple[Placement, float, str, dict[str, float]]:
+    """By local search, and for few operators by the integer program: placement, bound, what that rests on, makespan by way."""
+    below, by = known
+    small = len(graph.operators) <= _MOST_FOR_PROGRAM
+    effort = Effort(10**9, seconds * (_SEARCHED if small else 1))
+    placement, taken = _named(improve(graph, cluster, start, effort, seed, below), graph, cluster, start, "local search")
+    tried = {"local search": taken}
+    if small and taken > below * _ABOVE:
+        optimum = exact(graph, cluster, placement, seconds * (1 - _SEARCHED))
+        if optimum.bound_seconds > below:
+            below, by = optimum.bound_seconds, "optimum" if optimum.proven else "integer program"
+        placement, tried["integer program"] = _named(optimum.placement, graph, cluster, placement, "integer program")
+    return placement, below, by, tried
+
+
+def _named(found: Placement, graph: Graph, cluster: Cluster, before: Placement, way: str) -> tuple[Placement, float]:
+    """What was found, if it is better than what was there before, under a name that says by which way; and its makespan."""
+    taken = simulate(graph, cluster, found).makespan
+    if taken >= simulate(graph, cluster, before).makespan:
+        return before, taken
+    return Placement(found.device_of, found.order, f"{way} from {before.by}"), taken
+
+
+def one_device(graph: Graph, cluster: Cluster) -> Placement | None:
+    """All on one device: the fastest that holds it."""
+    numbers = sorted(range(len(cluster.devices)), key=lambda number: -cluster.devices[number].speed)
+    homes = ((number,) * len(graph.operators) for number in numbers)
+    orders = (graph.order, depth_first(graph))
+    return first_that_fits(graph, cluster, (Placement(device_of, order, "one device") for device_of in homes for order in orders))
+
+
+def _algorithms(graph: Graph) -> Mapping[str, Callable[[Graph, Cluster], Placement | None]]:
+    asked = {**BAECHI, "HEFT": heft, "one device": one_device}
+    return {name: algorithm for name, algorithm in asked.items() if name != "m-SCT" or len(graph.edges) <= _MOST_EDGES}
+
+
+def _none_found(graph: Graph, cluster: Cluster) -> DoesNotFit:
+    """Bytes do not exclude that there is one."""
+    room = sum(device.memory_bytes for device in cluster.devices)
+    return DoesNotFit(
+        f"no placement of `{graph.name}` was found that fits: {show_bytes(graph.weight_bytes)} of weights in {show_bytes(room)}, and what "
+        "is made on the way",
+        hint="give the devices more memory, or add one",
+    )

@@ -1,0 +1,66 @@
+"""Exact: the integer program against every placement of tiny graphs."""
+
+import pytest
+from hypothesis import given, settings
+from placing import all_placements, draw_cluster, draw_graph, is_sound, seeds
+
+from tightfit.planner.placement.exact import exact
+from tightfit.planner.placement.simulate import fits, simulate
+from tightfit.terms.cluster import Cluster, Device, Link
+from tightfit.terms.graph import Graph, Operator
+from tightfit.terms.placement import Placement
+
+
+@given(seeds())
+@settings(deadline=None, max_examples=40)
+def test_it_finds_the_best_of_all_placements(random):
+    """With memory for weights alone, which the program knows exactly; unlike speeds, links and rooms."""
+    drawn = draw_graph(random, 5)
+    graph = Graph(
+        "weights",
+        tuple(Operator(o.name, o.seconds, o.weight_bytes, 0, 0, 0, o.transfer_seconds or 1.0, o.group) for o in drawn.operators),
+        drawn.edges,
+    )
+    cluster = draw_cluster(random, graph, serial=False)
+    fitting = [p for p in all_placements(graph, cluster) if fits(cluster, simulate(graph, cluster, p))]
+    if not fitting:
+        return
+    best = min(simulate(graph, cluster, placement).makespan for placement in fitting)
+    found = exact(graph, cluster, random.choice(fitting), 20.0)
+    assert found.seconds == pytest.approx(best, rel=1e-4)
+    assert found.proven
+    assert found.bound_seconds <= best
+    assert simulate(graph, cluster, found.placement).makespan == found.seconds
+    assert is_sound(graph, cluster, found.placement)
+    assert fits(cluster, simulate(graph, cluster, found.placement))
+
+
+@given(seeds())
+@settings(deadline=None, max_examples=40)
+def test_its_bound_holds_with_memory_over_time_and_serial_transfers(random):
+    graph = draw_graph(random, 5)
+    cluster = draw_cluster(random, graph)
+    fitting = [p for p in all_placements(graph, cluster) if fits(cluster, simulate(graph, cluster, p))]
+    if not fitting:
+        return
+    best = min(simulate(graph, cluster, placement).makespan for placement in fitting)
+    start = random.choice(fitting)
+    found = exact(graph, cluster, start, 20.0)
+    assert found.bound_seconds <= best <= found.seconds <= simulate(graph, cluster, start).makespan
+    assert fits(cluster, simulate(graph, cluster, found.placement))
+
+
+def test_without_time_the_start_stays():
+    graph = Graph("wide", tuple(Operator(str(at), 1.0 + at) for at in range(12)), tuple((at, at + 6) for at in range(6)))
+    cluster = Cluster(tuple(Device(str(at), 9) for at in range(3)), Link(1.0))
+    start = Placement((0,) * 12, graph.order, "one device")
+    found = exact(graph, cluster, start, 0.0)
+    assert found.placement == start
+    assert found.seconds == 78
+    assert 0 < found.bound_seconds <= 26  # what work over three devices says, though the program said nothing
+
+
+def test_nothing_to_do_takes_no_time():
+    graph = Graph("nothing", (Operator("a", 0.0),), ())
+    cluster = Cluster((Device("x", 9),), Link(1.0))
+    assert exact(graph, cluster, Placement((0,), (0,), "one"), 1.0).seconds == 0

@@ -125,7 +125,7 @@ def _(report: PlaceReport, console: Console) -> None:
         "makespan": f"a step takes {show_seconds(placed.seconds)}",
         "throughput": f"a sample leaves every {show_seconds(placed.seconds)}",
     }
-    room = f"at most {placed.gap:.1%} from the best" if placed.gap > 1e-9 else "the best there is"
+    room = "the best there is" if placed.is_best else f"at most {placed.gap:.1%} from the best"
     bound = f"nothing is below {show_seconds(placed.bound_seconds)}: {placed.bound_by}"
     console.print(
         f"  found       {found[placed.objective]}, by {placed.placement.by}, {room} ({bound}), in {show_seconds(placed.place_seconds)}"

@@ -66,6 +66,11 @@ class Placed:
         """How far above the bound the answer is, as a share of the bound: 0.05 says that at most 5 % could be gained."""
         return self.seconds / self.bound_seconds - 1 if self.bound_seconds else 0.0
 
+    @property
+    def is_best(self) -> bool:
+        """Nothing can be gained, but for what a solver leaves open."""
+        return self.gap < 2e-4
+
     def to_json(self) -> dict[str, Any]:
         """The answer without its graph; operators stand by number."""
         return {

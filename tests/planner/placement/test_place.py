@@ -7,8 +7,9 @@ from hypothesis import given, settings
 from placing import all_placements, draw_cluster, draw_graph, seeds
 
 from tightfit.planner.placement.load import load
-from tightfit.planner.placement.place import BAECHI, place
+from tightfit.planner.placement.place import place
 from tightfit.planner.placement.simulate import fits, simulate
+from tightfit.planner.placement.starts import BAECHI
 from tightfit.terms.cluster import Cluster, Device, Link
 from tightfit.terms.errors import DoesNotFit
 from tightfit.terms.graph import Graph, Operator

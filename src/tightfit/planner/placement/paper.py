@@ -1,8 +1,8 @@
 """Paper: what Baechi does with a graph before and after it places it (SoCC 2020, section 4): forward only, co-placed, fused."""
 
 from tightfit.planner.placement.graph import co_placed, forward_only, fused
-from tightfit.planner.placement.place import BAECHI
 from tightfit.planner.placement.simulate import fits, simulate
+from tightfit.planner.placement.starts import BAECHI
 from tightfit.terms.cluster import Cluster
 from tightfit.terms.graph import Graph
 from tightfit.terms.placement import Placement

@@ -1,18 +1,12 @@
 """Place: ask every algorithm, make the best answer better, and say how far from the best possible it can be."""
 
 import time
-from collections.abc import Callable, Mapping
 
 from tightfit.planner.placement.bounds import bound, least_memory
 from tightfit.planner.placement.exact import exact
-from tightfit.planner.placement.heft import heft
 from tightfit.planner.placement.improve import Effort, improve
-from tightfit.planner.placement.m_etf import m_etf
-from tightfit.planner.placement.m_sct import m_sct
-from tightfit.planner.placement.m_topo import m_topo
-from tightfit.planner.placement.orders import depth_first
-from tightfit.planner.placement.pack import first_that_fits
 from tightfit.planner.placement.simulate import simulate
+from tightfit.planner.placement.starts import starts
 from tightfit.planner.placement.throughput import throughput
 from tightfit.terms.cluster import Cluster
 from tightfit.terms.errors import DoesNotFit
@@ -20,19 +14,14 @@ from tightfit.terms.graph import Graph
 from tightfit.terms.placement import Placed, Placement
 from tightfit.terms.units import show_bytes
 
-BAECHI = {"m-TOPO": m_topo, "m-ETF": m_etf, "m-SCT": m_sct}
-"""The paper's three, by the paper's names."""
-
-_MOST_FOR_PROGRAM = 40
-"""Operators up to which the integer program is asked, too."""
+_MOST_FOR_PROGRAM = 200
+"""Operators up to which the integer program is asked, too; of chains so many are proven in a second."""
 
 _ABOVE = 1 + 1e-9
 """Times a bound: more is not rounding."""
 
 _SEARCHED = 0.4
 """Of the time, for local search, where the integer program comes after it."""
-
-_MOST_EDGES = 30_000  # for m-SCT, whose linear program takes a minute there
 
 
 def place(graph: Graph, cluster: Cluster, objective: str = "makespan", seconds: float = 10.0, seed: int = 0) -> Placed:
@@ -46,7 +35,7 @@ def place(graph: Graph, cluster: Cluster, objective: str = "makespan", seconds: 
         return throughput(graph, cluster, max(1.0, seconds), seed=seed)
     began = time.perf_counter()
     least_memory(graph, cluster)
-    found = {name: algorithm(graph, cluster) for name, algorithm in _algorithms(graph).items()}
+    found = starts(graph, cluster)
     tried = {name: simulate(graph, cluster, placement).makespan if placement else None for name, placement in found.items()}
     fitting = {name: taken for name, taken in tried.items() if taken is not None}
     if not fitting:
@@ -87,19 +76,6 @@ def _named(found: Placement, graph: Graph, cluster: Cluster, before: Placement, 
     if taken >= simulate(graph, cluster, before).makespan:
         return before, taken
     return Placement(found.device_of, found.order, f"{way} from {before.by}"), taken
-
-
-def one_device(graph: Graph, cluster: Cluster) -> Placement | None:
-    """All on one device: the fastest that holds it."""
-    numbers = sorted(range(len(cluster.devices)), key=lambda number: -cluster.devices[number].speed)
-    homes = ((number,) * len(graph.operators) for number in numbers)
-    orders = (graph.order, depth_first(graph))
-    return first_that_fits(graph, cluster, (Placement(device_of, order, "one device") for device_of in homes for order in orders))
-
-
-def _algorithms(graph: Graph) -> Mapping[str, Callable[[Graph, Cluster], Placement | None]]:
-    asked = {**BAECHI, "HEFT": heft, "one device": one_device}
-    return {name: algorithm for name, algorithm in asked.items() if name != "m-SCT" or len(graph.edges) <= _MOST_EDGES}
 
 
 def _none_found(graph: Graph, cluster: Cluster) -> DoesNotFit:

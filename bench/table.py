@@ -13,6 +13,7 @@ from typing import Any
 
 from cells import ABSENT, Results, percent, table, times, told, yes
 from kernel_tables import kernels
+from placement_tables import placement
 from quantize_tables import quantize_quality
 from solver_tables import quantize_speed
 from tune_tables import bigger_steps, gpu_steps, tune_memory, tune_quality
@@ -188,6 +189,7 @@ QUESTIONS: dict[str, tuple[str, Callable[[Results], str]]] = {
     "kernels": ("How fast are products with few-bit weights?", kernels),
     "quantize_quality": ("How good are few-bit weights?", quantize_quality),
     "quantize_speed": ("How fast are weights brought into few bits?", quantize_speed),
+    "placement": ("Which device for which operator?", placement),
 }
 
 

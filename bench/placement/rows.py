@@ -12,8 +12,9 @@ from tightfit.planner.placement.atoms import group_atoms, stage_atoms
 from tightfit.planner.placement.exact import exact
 from tightfit.planner.placement.load import alone_bytes, load, pipeline_order
 from tightfit.planner.placement.load_program import load_program
-from tightfit.planner.placement.place import BAECHI, place
+from tightfit.planner.placement.place import place
 from tightfit.planner.placement.simulate import simulate
+from tightfit.planner.placement.starts import BAECHI
 from tightfit.terms.cluster import Cluster, Device, Link
 from tightfit.terms.errors import TightfitError
 from tightfit.terms.graph import Graph

@@ -48,7 +48,7 @@ def test_after_the_import_plain_transformers_loads_it(quantized, tmp_path):
     import subprocess
     import sys
 
-    assert quantized("--technique", "lean:rounds=0").code == 0
+    assert quantized("--technique", r"lean:rounds=0,where=layers\.0\.").code == 0
     code = (
         "import tightfit, sys; assert 'torch' not in sys.modules\n"
         "from transformers import AutoModelForCausalLM, AutoTokenizer\n"
@@ -158,7 +158,7 @@ def test_nan_weights_are_named(saved, tightfit_says, text, tmp_path):
 
 @pytest.mark.parametrize("technique", ["lora:rank=2", "side:reduction=4", "--full"])
 def test_a_quantized_model_is_tuned_beside_and_never_itself(technique, quantized, tightfit_says, tmp_path):
-    assert quantized("--technique", "lean:bits=3,rounds=0").code == 0
+    assert quantized("--technique", "rtn:bits=3").code == 0
     (tmp_path / "orders.jsonl").write_text('{"prompt": "The sea", "completion": " was calm."}\n' * 4)
     way = ["--full"] if technique == "--full" else ["--technique", technique]
     told = ("--ram", "2GiB", "--steps", 2, "--batch", 2, "--json")

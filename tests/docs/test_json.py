@@ -46,7 +46,7 @@ def answered(tightfit_says: Callable[..., Any], tmp_path: Path) -> Callable[[str
         "eval": ["tightfit-demo", tmp_path / "some.txt", "--ram", "4GiB"],
         "tune": ["tightfit-demo", *tuned, "--eval", tmp_path / "some.jsonl", "-o", tmp_path / "out"],
         "export": [tmp_path / "out", "-o", tmp_path / "exported"],
-        "quantize": ["tightfit-demo", tmp_path / "some.txt", "--context", "64", "--samples", "2", "-o", tmp_path / "small"],
+        "quantize": ["tightfit-demo", tmp_path / "some.txt", "--context", "64", "--samples", "2", "-t", "rtn", "-o", tmp_path / "small"],
         "place": ["--graph", PAGE.parent / "sample-graph.json", "--devices", "2x1GB", "--seconds", "0"],
         "list": [],
         "explain": ["int8"],

@@ -35,10 +35,9 @@ def draw_schedule(report: PlaceReport, file: str) -> None:
     _time(above, report, unit)
     _memory(below, report, unit)
     below.set_xlabel("milliseconds" if unit > 1 else "seconds")
-    gap = "the best there is" if report.placed.is_best else f"at most {report.placed.gap:.1%} from the best"
     figure.suptitle(
         f"{report.graph.name}: {len(report.graph.operators)} operators, {show_seconds(report.schedule.makespan)} a step; "
-        f"{report.placed.objective} by {report.placed.placement.by}, {gap}",
+        f"{report.placed.objective} by {report.placed.placement.by}, {report.placed.standing}",
         fontsize=10,
     )
     try:

@@ -125,11 +125,9 @@ def _(report: PlaceReport, console: Console) -> None:
         "makespan": f"a step takes {show_seconds(placed.seconds)}",
         "throughput": f"a sample leaves every {show_seconds(placed.seconds)}",
     }
-    room = "the best there is" if placed.is_best else f"at most {placed.gap:.1%} from the best"
     bound = f"nothing is below {show_seconds(placed.bound_seconds)}: {placed.bound_by}"
-    console.print(
-        f"  found       {found[placed.objective]}, by {placed.placement.by}, {room} ({bound}), in {show_seconds(placed.place_seconds)}"
-    )
+    by = f"by {placed.placement.by}, {placed.standing} ({bound}), in {show_seconds(placed.place_seconds)}"
+    console.print(f"  found       {found[placed.objective]}, {by}")
     table = Table(box=None, pad_edge=False, show_header=True, header_style="bold")
     for name in ("  device", "operators", "load", "memory at the peak", ""):
         table.add_column(name, justify="left" if name in ("  device", "") else "right")

@@ -52,7 +52,7 @@ def decode(model: nn.Module, token: Tensor, cache: Any, **inputs: Any) -> Tensor
 
 def embed(model: nn.Module, batch: dict[str, Tensor]) -> Any:
     """One forward pass without a cache."""
-    return model(**batch, **({"use_cache": False} if _takes(model, "use_cache") else {}))
+    return model(**batch, **without_cache(model))
 
 
 def make_optimizer(model: nn.Module, name: str = "adamw", learning_rate: float = 1e-4, weight_decay: float = 0.0) -> torch.optim.Optimizer:
@@ -119,6 +119,12 @@ def loss_of(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
     return output.last_hidden_state.float().square().mean()
 
 
-def _takes(model: nn.Module, argument: str) -> bool:
+def without_cache(model: nn.Module, among_others: bool = False) -> dict[str, bool]:
+    """The argument that keeps no keys and values, for models that would; `among_others`: also for those that take arguments of any name."""
+    return {"use_cache": False} if _takes(model, "use_cache", among_others) else {}
+
+
+def _takes(model: nn.Module, argument: str, among_others: bool = False) -> bool:
     inner = model.module if isinstance(model, DistributedDataParallel) else model
-    return argument in inspect.signature(type(inner).forward).parameters
+    parameters = inspect.signature(type(inner).forward).parameters
+    return argument in parameters or (among_others and any(each.kind is each.VAR_KEYWORD for each in parameters.values()))

@@ -4,7 +4,6 @@ What is recorded is what the dispatcher sees below autograd, so what eager torch
 graph break can stop it, operations in place stay so, and backward operations carry the place of their forward ones.
 """
 
-import inspect
 import re
 import sys
 import weakref
@@ -27,6 +26,7 @@ from tightfit.rehearse.costs import priced
 from tightfit.rehearse.fake import convertible_modules, materialize, one_sequence_per_row
 from tightfit.rehearse.stand_in import standing_in
 from tightfit.rehearse.work import scratch_of, work_of
+from tightfit.steps import without_cache
 from tightfit.terms.errors import TightfitError
 from tightfit.terms.machine import Machine
 
@@ -99,19 +99,14 @@ def record(module: nn.Module, inputs: Any, training: bool = False, loss: Loss | 
 def arguments_of(module: nn.Module, inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """Positional and keyword arguments from what `capture` takes as `inputs`."""
     if isinstance(inputs, Mapping):
-        return (), {**_without_cache(module), **inputs}
-    return (tuple(inputs) if isinstance(inputs, tuple | list) else (inputs,)), _without_cache(module)
+        return (), {**without_cache(module), **inputs}
+    return (tuple(inputs) if isinstance(inputs, tuple | list) else (inputs,)), without_cache(module)
 
 
 def _refuse_device(device: str) -> None:
     """Fake tensors of a device that torch cannot reach end the whole process."""
     if device.partition(":")[0] != "cpu" and not (device.startswith("cuda") and torch.cuda.is_available()):
         raise TightfitError(f"no device `{device}` is here to capture for", hint="capture for `cpu`: the graph is much the same")
-
-
-def _without_cache(module: nn.Module) -> dict[str, bool]:
-    """`use_cache=False` for the models that would otherwise fill one."""
-    return {"use_cache": False} if "use_cache" in inspect.signature(type(module).forward).parameters else {}
 
 
 def _scalar(output: Any, loss: Loss | None) -> Tensor:

@@ -17,7 +17,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten
 
-from tightfit.runtime.hollow import Enough, forward_of, handed_on, without_cache
+from tightfit.runtime.hollow import Enough, forward_of, handed_on
+from tightfit.steps import without_cache
 from tightfit.terms.errors import TightfitError
 from tightfit.terms.quantizing import TOKENS_PER_COLUMN
 
@@ -71,7 +72,8 @@ def first_states(walk: Walk) -> tuple[Tensor, list[Call]]:
         for begin in range(0, len(walk.samples), walk.rows):  # `hollow` reads `begin`
             seen.clear()
             with suppress(Enough), _one_line(walk):
-                walk.model(input_ids=walk.samples[begin : begin + walk.rows].to(walk.device), **without_cache(walk.model))
+                ids = walk.samples[begin : begin + walk.rows].to(walk.device)
+                walk.model(input_ids=ids, **without_cache(walk.model, among_others=True))
     if sorted(calls) != list(range(len(walk.blocks))):
         raise _unlike(walk, "not at all")
     return states[0], [calls[position] for position in range(len(walk.blocks))]

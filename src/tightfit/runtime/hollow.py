@@ -1,6 +1,5 @@
 """Hollow: run a model's own code around some of its blocks only: the others hand on what they get, and what is not needed is left out."""
 
-import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, get_args, get_origin, get_type_hints
@@ -32,9 +31,3 @@ def forward_of(block: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
             del block.forward
         else:
             block.forward = before
-
-
-def without_cache(model: nn.Module) -> dict[str, Any]:
-    """No keys and values are kept, where the model would; some take the wish among others of any name."""
-    parameters = inspect.signature(type(model).forward).parameters.values()
-    return {"use_cache": False} if any(each.name == "use_cache" or each.kind is each.VAR_KEYWORD for each in parameters) else {}

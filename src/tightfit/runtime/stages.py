@@ -12,7 +12,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from tightfit.describe.blocks import block_lists, blocks_of
-from tightfit.runtime.hollow import Enough, handed_on, without_cache
+from tightfit.runtime.hollow import Enough, handed_on
+from tightfit.steps import without_cache
 from tightfit.terms.errors import TightfitError
 
 
@@ -55,7 +56,7 @@ class Stage(nn.Module):
                 hooks.callback(self._last.register_forward_hook(partial(_leave, leaving)).remove)
             with suppress(Enough):
                 given = {"input_ids": x} if self.is_first else {"inputs_embeds": x.new_zeros(*x.shape[:2], self._width)}
-                return self.model(**given, **without_cache(self.model))[0]
+                return self.model(**given, **without_cache(self.model, among_others=True))[0]
         return leaving[0]
 
 

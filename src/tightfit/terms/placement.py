@@ -67,9 +67,9 @@ class Placed:
         return self.seconds / self.bound_seconds - 1 if self.bound_seconds else 0.0
 
     @property
-    def is_best(self) -> bool:
-        """Nothing can be gained, but for what a solver leaves open."""
-        return self.gap < 2e-4
+    def standing(self) -> str:
+        """In words, how far from the best it is at most; what a solver leaves open is not told."""
+        return "the best there is" if self.gap < 2e-4 else f"at most {self.gap:.1%} from the best"
 
     def to_json(self) -> dict[str, Any]:
         """The answer without its graph; operators stand by number."""

@@ -124,6 +124,15 @@ def test_a_chains_placement_goes_to_the_smaller_graph_and_back(random):
     assert is_sound(small.graph, cluster, any_order)
 
 
+def test_a_group_stays_together_though_a_chain_starts_elsewhere():
+    """`lead` and `one` become one operator of the group that `other` is in, too: it goes where most of the group's work is."""
+    operators = (Operator("lead", 1.0), Operator("one", 2.0, group="g"), Operator("other", 4.0, group="g"))
+    graph = Graph("led", operators, ((0, 1),))
+    small = chains(graph)
+    assert small.members == ((0, 1), (2,))
+    assert small.shrink(Placement((1, 0, 0), (0, 1, 2), "drawn")).device_of == (0, 0)
+
+
 def test_chains_stop_at_their_limits_and_between_groups():
     chain = plain(6, tuple((at, at + 1) for at in range(5)))
     assert chains(chain).members == (tuple(range(6)),)

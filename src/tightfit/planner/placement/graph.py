@@ -1,6 +1,6 @@
 """Graph: the same step with fewer operators, and the way back. Placing that is quicker, and keeps together what belongs together."""
 
-from collections import Counter, deque
+from collections import Counter, defaultdict, deque
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -26,10 +26,19 @@ class Smaller:
         return Placement(tuple(home[at] for at in range(len(home))), order, placement.by)
 
     def shrink(self, placement: Placement) -> Placement:
-        """The placement of the smaller graph nearest to `placement` of the whole: each operator where the first of its members is."""
+        """The placement of the smaller graph nearest to `placement` of the whole: each group where most of its work is."""
+        device_of = [0] * len(self.members)
+        for group in self.graph.groups:
+            work: dict[int, float] = defaultdict(float)
+            for small in group:
+                for at in self.members[small]:
+                    work[placement.device_of[at]] += self.graph.operators[small].seconds / len(self.members[small])
+            home = max(work, key=work.__getitem__)
+            for small in group:
+                device_of[small] = home
         place = {at: number for number, at in enumerate(placement.order)}
         order = sorted(range(len(self.members)), key=lambda small: place[self.members[small][0]])
-        return Placement(tuple(placement.device_of[members[0]] for members in self.members), tuple(order), placement.by)
+        return Placement(tuple(device_of), tuple(order), placement.by)
 
 
 def co_placed(graph: Graph, most_bytes: float = float("inf"), most_seconds: float = float("inf")) -> Graph:

@@ -14,7 +14,6 @@ from tightfit.planner.placement.m_etf import earliest_task_first, m_etf
 from tightfit.planner.placement.memory import held
 from tightfit.planner.placement.moves import Moves
 from tightfit.planner.placement.orders import ranks_of, tails, urgent_first
-from tightfit.planner.placement.pack import by_operator
 from tightfit.planner.placement.simulate import Clock, fits, run, simulate
 from tightfit.planner.placement.starts import cut
 from tightfit.planner.placement.times import times
@@ -78,13 +77,6 @@ def _joined(graph: Graph, cluster: Cluster, share: int) -> Smaller:
 def _nearest(level: Smaller, cluster: Cluster, start: Placement) -> Placement | None:
     """`start` with each larger group where most of its work is; or, where that does not fit, what fits and ends first."""
     near, small = level.shrink(start), level.graph
-    homes = []
-    for members in small.groups:
-        work = [0.0] * len(cluster.devices)
-        for at in members:
-            work[near.device_of[at]] += small.operators[at].seconds
-        homes.append(max(range(len(work)), key=work.__getitem__))
-    near = Placement(tuple(by_operator(small, homes)), near.order, start.by)
     if fits(cluster, simulate(small, cluster, near)):
         return near
     found = [way(small, cluster) for way in (cut, m_etf, heft)]

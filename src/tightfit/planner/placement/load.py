@@ -3,9 +3,9 @@
 It does not know how many samples are under way: what a forward keeps for its backward counts once.
 """
 
-import heapq
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
+from tightfit.planner.placement.orders import places, topological
 from tightfit.terms.cluster import Cluster
 from tightfit.terms.graph import Graph
 
@@ -124,42 +124,22 @@ def pipeline_order(graph: Graph, device_of: Sequence[int]) -> tuple[int, ...]:
     found = stages(graph, device_of)
     if found is None:
         return order
-    place, turn, back = _places(order), _places(found), -1 if _turned(graph) else 1
+    place, turn, back = places(order), {device: number for number, device in enumerate(found)}, -1 if _turned(graph) else 1
 
     def rank(at: int) -> tuple[int, int, int]:
         step = _step(graph, at)
         return step, turn[device_of[at]] * (back if step else 1), place[at]
 
     staged = tuple(sorted(order, key=rank))
-    after = _places(staged)
+    after = places(staged)
     return staged if all(after[source] < after[target] for source, target in graph.edges) else order
 
 
 def _forward_first(graph: Graph) -> tuple[int, ...]:
     """A topological order with the backward as late as it can be, else as the graph has it."""
-    place = _places(graph.order)
+    place = places(graph.order)
     return topological(graph, lambda at: (_step(graph, at), place[at]))
 
 
 def _step(graph: Graph, at: int) -> int:
     return int(graph.operators[at].backward)
-
-
-def _places(order: Sequence[int]) -> dict[int, int]:
-    return {at: number for number, at in enumerate(order)}
-
-
-def topological(graph: Graph, rank: Callable[[int], tuple[int, int]]) -> tuple[int, ...]:
-    """The topological order that takes what is ready by least `rank`."""
-    waits = [len(parents) for parents in graph.parents]
-    ready = [(rank(at), at) for at, count in enumerate(waits) if not count]
-    heapq.heapify(ready)
-    order = []
-    while ready:
-        _, at = heapq.heappop(ready)
-        order.append(at)
-        for child in graph.children[at]:
-            waits[child] -= 1
-            if not waits[child]:
-                heapq.heappush(ready, (rank(child), child))
-    return tuple(order)

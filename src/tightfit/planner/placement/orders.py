@@ -1,6 +1,7 @@
 """Orders: sequences in which operators can run, each after what it reads; and how urgent each one is."""
 
-from collections.abc import Sequence
+import heapq
+from collections.abc import Callable, Sequence
 
 from tightfit.planner.placement.times import Times
 from tightfit.terms.graph import Graph
@@ -35,6 +36,22 @@ def depth_first(graph: Graph) -> tuple[int, ...]:
             waits[child] -= 1
             if not waits[child]:
                 stack.append(child)
+    return tuple(order)
+
+
+def topological(graph: Graph, rank: Callable[[int], tuple[int, int]]) -> tuple[int, ...]:
+    """The topological order that takes what is ready by least `rank`."""
+    waits = [len(parents) for parents in graph.parents]
+    ready = [(rank(at), at) for at, count in enumerate(waits) if not count]
+    heapq.heapify(ready)
+    order = []
+    while ready:
+        _, at = heapq.heappop(ready)
+        order.append(at)
+        for child in graph.children[at]:
+            waits[child] -= 1
+            if not waits[child]:
+                heapq.heappush(ready, (rank(child), child))
     return tuple(order)
 
 

@@ -2,17 +2,17 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-from splits import Split, expert_split, fits, others
+from sources import Source
+from splits import Split, fits, others
 
-from tightfit.data.graphs import GraphFile
 from tightfit.planner.placement.atoms import group_atoms, stage_atoms
 from tightfit.planner.placement.exact import exact
 from tightfit.planner.placement.load import alone_bytes, load, pipeline_order
 from tightfit.planner.placement.load_program import load_program
 from tightfit.planner.placement.place import place
+from tightfit.planner.placement.simulate import fits as inside
 from tightfit.planner.placement.simulate import simulate
 from tightfit.planner.placement.starts import BAECHI
 from tightfit.terms.cluster import Cluster, Device, Link
@@ -27,8 +27,7 @@ Row = dict[str, Any]
 class Case:
     """A graph and the devices that it is to be placed on."""
 
-    file: Path
-    read: GraphFile
+    source: Source
     cluster: Cluster
     memory_factor: float  # each device's memory over `least_bytes`; 0 where the file says the memory
 
@@ -43,11 +42,11 @@ def least_bytes(graph: Graph, devices: int) -> int:
 
 def throughput_row(settings: Mapping[str, Any], case: Case) -> Row:
     """The largest load of the split that is found, beside those of others."""
-    graph, cluster = case.read.graph, case.cluster
+    graph, cluster = case.source.graph, case.cluster
     row, placed = _placed(settings, case, "throughput")
     if placed is None:
         return row
-    splits = others(graph, cluster) | {"expert": expert_split(case.file, case.read) if _as_many(case) else None}
+    splits = others(graph, cluster) | case.source.splits(cluster)
     row["others"] = {name: _largest(graph, cluster, split) for name, split in splits.items()}
     row["over_others"] = {name: placed.seconds / value for name, value in row["others"].items() if value}
     row["scattered_seconds"] = placed.tried.get("scattered")
@@ -62,30 +61,33 @@ def throughput_row(settings: Mapping[str, Any], case: Case) -> Row:
 
 def _exact_load(settings: Mapping[str, Any], case: Case, placed: Placed) -> Row:
     """The integer program over contiguous splits, where it is small; only a proof counts."""
-    atoms, cluster = stage_atoms(case.read.graph, case.cluster), case.cluster
+    atoms, cluster = stage_atoms(case.source.graph, case.cluster), case.cluster
     if (len(atoms.members) + 2 * len(atoms.outputs)) * len(cluster.devices) > settings["exact_variables"]:
         return {}
     solved = load_program(atoms, cluster, settings["exact_seconds"], placed.seconds * 1.000001, range(len(cluster.devices)))
     row: Row = {"program_bound_seconds": min(solved.bound_seconds, placed.seconds)}
     if solved.device_of:
         split = atoms.spread(solved.device_of)
-        value = max(load(case.read.graph, cluster, split))
-        row |= {"exact_seconds": value} if value <= solved.bound_seconds * 1.0001 and fits(case.read.graph, cluster, split) else {}
+        value = max(load(case.source.graph, cluster, split))
+        row |= {"exact_seconds": value} if value <= solved.bound_seconds * 1.0001 and fits(case.source.graph, cluster, split) else {}
     return row
 
 
 def makespan_row(settings: Mapping[str, Any], case: Case) -> Row:
     """The makespan of the placement that is found, beside those of others as the simulator gives them."""
-    graph, cluster = case.read.graph, case.cluster
+    graph, cluster = case.source.graph, case.cluster
     row, placed = _placed(settings, case, "makespan")
     if placed is None:
         return row
-    splits = others(graph, cluster) | {"expert": expert_split(case.file, case.read) if _as_many(case) else None}
-    row["others"] = {}
+    splits = others(graph, cluster) | case.source.splits(cluster)
+    row["others"], row["overfull"] = dict.fromkeys(splits), []
     for name, split in splits.items():
-        schedule = simulate(graph, cluster, Placement(split, pipeline_order(graph, split), name)) if split else None
-        full = schedule is None or any(p > d.memory_bytes for p, d in zip(schedule.peak_bytes, cluster.devices, strict=True))
-        row["others"][name] = None if schedule is None or full else schedule.makespan
+        if split is not None:
+            schedule = simulate(graph, cluster, Placement(split, pipeline_order(graph, split), name))
+            if inside(cluster, schedule):
+                row["others"][name] = schedule.makespan
+            else:
+                row["overfull"].append(name)
     row["over_others"] = {name: placed.seconds / value for name, value in row["others"].items() if value}
     heuristics = [placed.tried[name] for name in BAECHI if placed.tried.get(name)]
     row["best_heuristic_seconds"] = min(heuristics, default=None)
@@ -102,7 +104,7 @@ def makespan_row(settings: Mapping[str, Any], case: Case) -> Row:
 
 def _placed(settings: Mapping[str, Any], case: Case, objective: str) -> tuple[Row, Placed | None]:
     """What both objectives tell of an answer."""
-    graph, cluster = case.read.graph, case.cluster
+    graph, cluster = case.source.graph, case.cluster
     about = {"operators": len(graph.operators), "devices": len(cluster.devices), "memory_bytes": cluster.devices[0].memory_bytes}
     try:
         placed = place(graph, cluster, objective, settings["place_seconds"])
@@ -121,11 +123,6 @@ def _placed(settings: Mapping[str, Any], case: Case, objective: str) -> tuple[Ro
         "simulated_over_limit": max(peak / size for peak, size in zip(schedule.peak_bytes, memory, strict=True)),
         "place_seconds": placed.place_seconds,
     }, placed
-
-
-def _as_many(case: Case) -> bool:
-    """The experts split for six devices."""
-    return case.memory_factor == 0 and len(case.cluster.devices) >= 6
 
 
 def _largest(graph: Graph, cluster: Cluster, split: Split) -> float | None:

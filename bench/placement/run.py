@@ -2,31 +2,30 @@
 
 python bench/placement/run.py makespan|throughput|speed [--only TEXT] [--missing] [--fresh] [--results FOLDER] [--dry]
 
-Graphs lie in the folder `graphs` of `TIGHTFIT_DATA`, or of ../shared/data. Rows are `GRAPH DEVICES MEMORY` (`gnmt_inference/LayerGraphs 4
-barely`), or `HEURISTIC OPERATORS` for `speed`. What is in results/PART.json already is not run again; `--missing` says what is still to
-run. Seconds are the graphs' own, except those of finding.
+Graphs are those of models (networks.py), and of files in the folder `graphs` of `TIGHTFIT_DATA`, or of ../shared/data. Rows are `GRAPH
+DEVICES MEMORY` (`gnmt_inference/LayerGraphs 4 barely`), or `HEURISTIC OPERATORS` for `speed`. What is in results/PART.json already is
+not run again; `--missing` says what is still to run. Seconds are the graphs' own, except those of finding.
 """
 
 import argparse
 import json
-import os
 import sys
 import time
 import tomllib
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from layered import speed_row
-from record import CHECKOUT, machine_facts, read_result, say, write_result
+from record import machine_facts, read_result, say, write_result
 from rows import Case, least_bytes, makespan_row, throughput_row
+from sources import Source, sources
 
-from tightfit.data.graphs import GraphFile, read_graph
 from tightfit.terms.cluster import Cluster, Device, Link
 
 HERE = Path(__file__).resolve().parent
-GRAPHS = Path(os.environ.get("TIGHTFIT_DATA") or CHECKOUT.parent / "shared" / "data") / "graphs"
 Settings = dict[str, Any]
 Row = dict[str, Any]
 
@@ -37,19 +36,24 @@ def cluster(settings: Settings, devices: int, memory_bytes: int) -> Cluster:
     return Cluster(tuple(Device(f"device {number}", memory_bytes) for number in range(devices)), link)
 
 
-def cases(settings: Settings, file: Path, read: GraphFile) -> Iterator[tuple[str, list[Case]]]:
+def cases(settings: Settings, source: Source) -> Iterator[tuple[str, Callable[[], list[Case]]]]:
     """By name, the clusters to try until one holds the graph: as the file says, and so many devices of loose to scarce memory."""
-    name = f"{file.name.removesuffix('.graph.txt').removesuffix('.json')}/{file.parent.name}"
-    if read.devices and read.memory_bytes:
-        yield f"{name} {read.devices} own", [Case(file, read, cluster(settings, read.devices, read.memory_bytes), 0.0)]
-    loose = least_bytes(read.graph, 1)
+
+    def tries(devices: int, memory: str) -> list[Case]:
+        need, loose = least_bytes(source.graph, devices), least_bytes(source.graph, 1)
+        sizes = {
+            "loose": [loose],
+            "middle": [int((need * max(loose, need)) ** 0.5)],
+            "barely": [int(need * by) for by in settings["barely"]],
+        }
+        return [Case(source, cluster(settings, devices, size), size / need) for size in sizes[memory]]
+
+    if source.devices and source.memory_bytes:
+        given = Case(source, cluster(settings, source.devices, source.memory_bytes), 0.0)
+        yield f"{source.name} {source.devices} own", lambda: [given]
     for devices in settings["devices"]:
-        need = least_bytes(read.graph, devices)
-        yield f"{name} {devices} loose", [Case(file, read, cluster(settings, devices, loose), loose / need)]
-        middle = int((need * max(loose, need)) ** 0.5)
-        yield f"{name} {devices} middle", [Case(file, read, cluster(settings, devices, middle), middle / need)]
-        scarce = [Case(file, read, cluster(settings, devices, int(need * times)), times) for times in settings["barely"]]
-        yield f"{name} {devices} barely", scarce
+        for memory in ("loose", "middle", "barely"):
+            yield f"{source.name} {devices} {memory}", partial(tries, devices, memory)
 
 
 def jobs_of(part: str, settings: Settings) -> Iterator[tuple[str, Callable[[], Row]]]:
@@ -64,10 +68,9 @@ def jobs_of(part: str, settings: Settings) -> Iterator[tuple[str, Callable[[], R
                     )
         return
     measure = makespan_row if part == "makespan" else throughput_row
-    for pattern in settings["graphs"][part]:
-        for file in sorted(GRAPHS.glob(pattern)):
-            for name, tries in cases(settings, file, read_graph(str(file))):
-                yield name, lambda tries=tries: first_row(measure, settings, tries)
+    for source in sources(part, settings):
+        for name, tries in cases(settings, source):
+            yield name, lambda tries=tries: first_row(measure, settings, tries())
 
 
 def first_row(measure: Callable[[Settings, Case], Row], settings: Settings, tries: list[Case]) -> Row:

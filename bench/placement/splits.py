@@ -1,9 +1,14 @@
-"""Splits that others make: a human expert's, PipeDream's over a chain, balanced by time, filled greedily, all on one device."""
+"""Splits that others make: a human expert's, accelerate's, PipeDream's over a chain, balanced by time, filled greedily, one device."""
 
 import json
+import logging
 from pathlib import Path
 
+import networks
+from torch import nn
+
 from tightfit.data.graphs import GraphFile
+from tightfit.describe.graph import Captured
 from tightfit.planner.placement.atoms import Atoms, stage_atoms
 from tightfit.planner.placement.ideals import closures, linear_orders, prefixes
 from tightfit.planner.placement.load import held_bytes
@@ -28,6 +33,31 @@ def expert_split(file: Path, read: GraphFile) -> Split:
     return tuple(
         device_of.get(name, group_of.get(operator.group, 0)) for name, operator in zip(read.ids, read.graph.operators, strict=True)
     )
+
+
+def accelerate_split(module: nn.Module, captured: Captured, cluster: Cluster) -> Split:
+    """accelerate's `infer_auto_device_map`, which counts weights alone; an operator runs where the module is that it ran in.
+
+    None where accelerate sends a part to RAM or disk.
+    """
+    from accelerate import infer_auto_device_map
+
+    logging.getLogger("accelerate.utils.modeling").setLevel(logging.ERROR)  # that these GPUs are not here
+    whole = list(getattr(module, "_no_split_modules", None) or networks.WHOLE)
+    rooms: dict[int | str, int | str] = {number: device.memory_bytes for number, device in enumerate(cluster.devices)}
+    homes = infer_auto_device_map(module, rooms | {"cpu": 1 << 62}, whole)
+    if not all(isinstance(home, int) for home in homes.values()):
+        return None
+    tape, device_of = captured.tape, list[int]()
+    for calls in captured.parts:
+        call = tape.calls[calls[0]] if calls else None
+        call = tape.calls[call.forward] if call is not None and call.forward is not None else call
+        paths = [tape.visits[visit].path for visit in tape.visits_of(call)] if call is not None else []
+        device_of.append(next((int(homes[path]) for path in reversed(paths) if path in homes), int(homes.get("", 0))))
+    for members in captured.graph.groups:
+        for member in members:
+            device_of[member] = device_of[members[0]]
+    return tuple(device_of)
 
 
 def others(graph: Graph, cluster: Cluster) -> dict[str, Split]:

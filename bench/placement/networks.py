@@ -11,6 +11,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 Example = tuple[nn.Module, dict[str, Tensor]]
+WHOLE = ("BasicConv2d", "LSTMCell", "Attention")
+"""Classes that accelerate is not to split, of the models that do not say it themselves."""
 
 
 def bert_base(rows: int = 32, tokens: int = 128, training: bool = False) -> Example:

@@ -60,14 +60,14 @@ def draw(results: dict[str, dict[str, Any]], file: Path) -> None:
     if not panels:
         return
     pyplot.rcParams.update({"font.size": 9, "text.color": INK, "axes.labelcolor": INK, "xtick.color": INK, "ytick.color": INK})
-    picture, grid = pyplot.subplots(1, len(panels), figsize=(3.6 * len(panels) + 0.4, 3.6), dpi=150, squeeze=False)
+    picture, grid = pyplot.subplots(1, len(panels), figsize=(3.6 * len(panels) + 0.4, 4.2), dpi=150, squeeze=False)
     for axes, (title, losses, ranks) in zip(grid[0], panels, strict=True):
         panel(axes, losses, ranks)
         axes.set_title(title, fontsize=9)
         axes.set_xlabel("rank")
     grid[0][0].set_ylabel("held-out loss, nats a token")
-    _legend(grid[0][-1])
-    picture.tight_layout()
+    _legend(picture)
+    picture.tight_layout(rect=(0, 0.14, 1, 1))
     file.parent.mkdir(parents=True, exist_ok=True)
     picture.savefig(file, metadata={"Software": None})
     pyplot.close(picture)
@@ -76,7 +76,7 @@ def draw(results: dict[str, dict[str, Any]], file: Path) -> None:
 def panel(axes: Any, losses: dict[str, list[float]], ranks: list[int]) -> None:
     """One model and task: lines through the means, a point a seed, a band around LoRA, and QST and the untuned base as levels."""
     means = [statistics.mean(losses[f"lora-{rank}"]) for rank in ranks]
-    axes.fill_between(ranks, [mean * (1 - BAND) for mean in means], [mean * (1 + BAND) for mean in means], color="#e8e8e8", linewidth=0)
+    axes.fill_between(ranks, [mean * (1 - BAND) for mean in means], [mean * (1 + BAND) for mean in means], color="#dddddd", linewidth=0)
     for kind, _, color, marker in KINDS:
         if f"{kind}-{ranks[0]}" not in losses:
             continue
@@ -93,14 +93,14 @@ def panel(axes: Any, losses: dict[str, list[float]], ranks: list[int]) -> None:
     axes.spines[["top", "right"]].set_visible(False)
 
 
-def _legend(axes: Any) -> None:
+def _legend(picture: Any) -> None:
     style = {"linestyle": "-", "markerfacecolor": "none"}
     handles = [
         *(Line2D([], [], color=color, marker=marker, label=label, **style) for _, label, color, marker in KINDS),
         Line2D([], [], color=SIDE, linestyle="--", label="QST, the best of its settings"),
-        Line2D([], [], color="#e8e8e8", linewidth=7, label=f"within {BAND:.0%} of LoRA"),
+        Line2D([], [], color="#dddddd", linewidth=7, label=f"within {BAND:.0%} of LoRA"),
     ]
-    axes.legend(handles=handles, frameon=False, fontsize=8)
+    picture.legend(handles=handles, frameon=False, fontsize=8, ncols=3, loc="lower center")
 
 
 def main() -> None:

@@ -9,6 +9,7 @@ from tightfit.terms.placement import PlaceReport
 from tightfit.terms.units import show_bytes, show_seconds
 
 FORMATS = (".svg", ".png", ".pdf")
+_MANY = 1000  # operators; their bars are too thin for a line between them
 _FORWARD, _BACKWARD, _MOVED, _HELD, _LIMIT = "#4c72b0", "#55a868", "#dd8452", "#8c8c8c", "#c44e52"
 
 
@@ -52,6 +53,7 @@ def _time(axes: Any, report: PlaceReport, unit: float) -> None:
     """Above each device's line what it runs, below it what it receives."""
     kinds = {"forward": (False, _FORWARD), "backward": (True, _BACKWARD)}
     device_of = report.placed.placement.device_of
+    seam = 0.2 if len(report.graph.operators) < _MANY else 0.0
     for name, (backward, color) in kinds.items():
         for device in range(len(report.cluster.devices)):
             bars = [
@@ -59,7 +61,7 @@ def _time(axes: Any, report: PlaceReport, unit: float) -> None:
                 for at, operator in enumerate(report.graph.operators)
                 if device_of[at] == device and operator.backward == backward
             ]
-            axes.broken_barh(bars, (device - 0.38, 0.5), facecolors=color, edgecolors="white", linewidth=0.2)
+            axes.broken_barh(bars, (device - 0.38, 0.5), facecolors=color, edgecolors="white", linewidth=seam)
         if any(operator.backward == backward for operator in report.graph.operators):
             axes.bar([0], [0], color=color, label=name)
     for move in report.schedule.transfers:

@@ -53,10 +53,11 @@ def planned(
     machine: Machine = MACHINE,
     more: dict[str, type] | None = None,
     random_weights: bool = False,
+    gpus: int = 1,
 ) -> Plan:
     """A plan with the techniques `names` of the catalogue and the classes `more`. Models are told apart by their names."""
     available = {name: catalog.technique(name) for name in names} | (more or {})
-    request = Request(model or skeleton(), workload, Budget(ram, gpu, disk), quality, asked or {}, random_weights, alternatives=True)
+    request = Request(model or skeleton(), workload, Budget(ram, gpu, disk, gpus), quality, asked or {}, random_weights, alternatives=True)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(choosing, "rehearse", _rehearsed)
         patch.setattr(choosing, "weigh", _weighed)

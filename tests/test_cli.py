@@ -65,7 +65,7 @@ def test_plan_json_tells_all(tightfit_says):
     values = json.loads(said.out)
     assert said.code == 0
     assert (values["model"], values["quality"]) == ("llama-2-7b", "exact")
-    assert values["budget"] == {"gpu": 6 * GIB, "ram": 32 * GIB, "disk": 100 * GIB}
+    assert values["budget"] == {"gpu": 6 * GIB, "ram": 32 * GIB, "disk": 100 * GIB, "gpus": 1}
     assert values["workload"] == {
         "task": "generate",
         "batch": 1,

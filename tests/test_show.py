@@ -1,6 +1,7 @@
 """Show: plans and reports for people, and what happens with sizes at their limits."""
 
 import io
+import itertools
 from dataclasses import replace
 
 import pytest
@@ -46,6 +47,17 @@ def shown(show, value) -> str:
     out = io.StringIO()
     show(value, Console(file=out, width=200, soft_wrap=True))
     return out.getvalue()
+
+
+def test_each_of_several_gpus_is_shown():
+    held = ({"weights": GIB}, {"weights": GIB, "overhead": 512 * MIB})
+    spread = {"residency": ("gpu",) * 4, "devices": (0, 1, 1, 1), "predicted_gpus": held}
+    lines = shown(show_plan, replace(PLAN, budget=replace(PLAN.budget, gpus=2), **spread)).splitlines()
+    assert lines[2].endswith("████  1 on gpu 0, 3 on gpu 1")
+    bars = {line.split("■")[0].strip(): after.strip() for line, after in itertools.pairwise(lines) if "■" in line}
+    assert bars["gpu 0"] == "1.00 GiB of 2.00 GiB: weights 1.00 GiB"
+    assert bars["gpu 1"] == "1.50 GiB of 2.00 GiB: weights 1.00 GiB  overhead 512.0 MiB"
+    assert "gpu" not in bars and "ram" in bars
 
 
 def test_a_plan_is_shown_whole():

@@ -1,10 +1,11 @@
 """placement: how far from the best are the placements, what do simpler ways give, and how long does finding them take?
 
-python bench/placement/run.py makespan|throughput|speed [--only TEXT] [--missing] [--fresh] [--results FOLDER] [--dry]
+python bench/placement/run.py makespan|throughput|speed|measured [--only TEXT] [--missing] [--fresh] [--results FOLDER] [--dry]
 
 Graphs are those of models (networks.py), and of files in the folder `graphs` of `TIGHTFIT_DATA`, or of ../shared/data. Rows are `GRAPH
-DEVICES MEMORY` (`gnmt_inference/LayerGraphs 4 barely`), or `HEURISTIC OPERATORS` for `speed`. What is in results/PART.json already is
-not run again; `--missing` says what is still to run. Seconds are the graphs' own, except those of finding.
+DEVICES MEMORY` (`gnmt_inference/LayerGraphs 4 barely`), `HEURISTIC OPERATORS` for `speed`, `MODEL/training` for `measured`. What is in
+results/PART.json already is not run again; `--missing` says what is still to run. Seconds are the graphs' own, except those of finding
+and of `measured`.
 """
 
 import argparse
@@ -19,6 +20,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from layered import speed_row
+from perform import measured_row
 from record import machine_facts, read_result, say, write_result
 from rows import Case, least_bytes, makespan_row, throughput_row
 from sources import Source, sources
@@ -67,6 +69,11 @@ def jobs_of(part: str, settings: Settings) -> Iterator[tuple[str, Callable[[], R
                         lambda heuristic=heuristic, operators=operators: speed_row(settings, heuristic, operators),
                     )
         return
+    if part == "measured":
+        for model in settings["measured"]["models"]:
+            for training in (False, True):
+                yield f"{model}/{'training' if training else 'inference'}", partial(measured_row, settings["measured"], model, training)
+        return
     measure = makespan_row if part == "makespan" else throughput_row
     for source in sources(part, settings):
         for name, tries in cases(settings, source):
@@ -89,6 +96,10 @@ def told(row: Row) -> str:
     """What a person wants to see while it runs."""
     if "fault" in row:
         return row["fault"]
+    if "ways" in row:
+        return ", ".join(
+            f"{way} {one['measured_seconds'] * 1e3:.1f} ms, simulated × {one['ratio']:.2f}" for way, one in row["ways"].items()
+        )
     if "operators_per_second" in row:
         return f"{row['seconds']:.2f} s"
     over = f", {row['over_exact']:.3f} of the exact" if row.get("over_exact") else ""
@@ -113,7 +124,7 @@ def run(part: str, settings: Settings, args: argparse.Namespace) -> dict[str, Ro
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("part", choices=["makespan", "throughput", "speed"])
+    parser.add_argument("part", choices=["makespan", "throughput", "speed", "measured"])
     parser.add_argument("--only", default="", help="rows whose name holds this text")
     parser.add_argument("--missing", action="store_true", help="say what is still to run")
     parser.add_argument("--fresh", action="store_true", help="forget what was measured before")
@@ -123,7 +134,8 @@ def main() -> None:
     settings = tomllib.loads((HERE / "settings.toml").read_text())
     small = settings.pop("dry")
     if args.dry:
-        settings["speed"] |= small.pop("speed")
+        for part in ("speed", "measured"):
+            settings[part] |= small.pop(part)
         settings |= small
     if args.missing:
         done = read_result(args.results / f"{args.part}.json").get("rows", {})

@@ -1,6 +1,7 @@
 """Show: plans and reports as a person reads them: a memory map, few words, one line each."""
 
-from collections.abc import Iterable, Mapping
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import singledispatch
 
 from rich.console import Console
@@ -43,8 +44,8 @@ def show_plan(plan: Plan, console: Console) -> None:
     names = [name for name in plan.techniques] or ["as it is stored"]
     console.print(f"  techniques  {', '.join(names)} (quality {plan.quality})")
     console.print(Text("  blocks      ") + _block_map(plan))
-    for tier, parts in plan.predicted.items():
-        console.print(Text(f"  {tier:<11} ") + _bar(parts, plan.budget.bytes_of(tier)))
+    for name, tier, parts in _holders(plan):
+        console.print(Text(f"  {name:<11} ") + _bar(parts, plan.budget.bytes_of(tier)))
         console.print(f"              {show_bytes(total(parts))} of {show_bytes(plan.budget.bytes_of(tier))}: {_kinds(parts)}")
     console.print(f"  pace        {_pace(plan)}")
     for reason in plan.reasons:
@@ -125,17 +126,18 @@ def _(report: PlaceReport, console: Console) -> None:
         "makespan": f"a step takes {show_seconds(placed.seconds)}",
         "throughput": f"a sample leaves every {show_seconds(placed.seconds)}",
     }
-    bound = f"nothing is below {show_seconds(placed.bound_seconds)}: {placed.bound_by}"
+    bound = f"no {placed.rivals} is below {show_seconds(placed.bound_seconds)}: {placed.bound_by}"
     by = f"by {placed.placement.by}, {placed.standing} ({bound}), in {show_seconds(placed.place_seconds)}"
     console.print(f"  found       {found[placed.objective]}, {by}")
     table = Table(box=None, pad_edge=False, show_header=True, header_style="bold")
-    for name in ("  device", "operators", "load", "memory at the peak", ""):
+    what = "blocks" if report.block_devices else "operators"
+    for name in ("  device", what, "load", "memory at the peak", ""):
         table.add_column(name, justify="left" if name in ("  device", "") else "right")
     for number, (device, peak, load) in enumerate(zip(report.cluster.devices, placed.peak_bytes, report.loads, strict=True)):
         share = round(_NARROW * peak / device.memory_bytes)
         table.add_row(
             f"  {device.name}",
-            str(placed.placement.device_of.count(number)),
+            _stretches(report.block_devices, number) if report.block_devices else str(placed.placement.device_of.count(number)),
             show_seconds(load),
             f"{show_bytes(peak)} of {show_bytes(device.memory_bytes)}",
             Text("■" * share, style="blue").append("·" * (_NARROW - share), style="bright_black"),
@@ -144,6 +146,20 @@ def _(report: PlaceReport, console: Console) -> None:
     for name, seconds in placed.tried.items():
         told = "no placement that fits" if seconds is None else show_seconds(seconds)
         console.print(f"  [bright_black]tried       {escape(name)}: {told}[/]")
+    for note in report.notes:
+        console.print(f"  [bright_black]note        {escape(note)}[/]")
+
+
+def _stretches(devices: Sequence[int], wanted: int) -> str:
+    """The positions of the blocks on one device, as `0-12, 20`."""
+    found: list[list[int]] = []
+    for position, device in enumerate(devices):
+        if device == wanted:
+            if found and found[-1][1] == position - 1:
+                found[-1][1] = position
+            else:
+                found.append([position, position])
+    return ", ".join(f"{first}-{last}" if last > first else str(first) for first, last in found) or "-"
 
 
 @singledispatch
@@ -176,8 +192,18 @@ def _block_map(plan: Plan) -> Text:
     text = Text()
     for home in shown:
         text.append(*signs[home])
-    counts = ", ".join(f"{count} on {tier}" for tier, count in plan.resting().items())
+    on_gpus = {f"gpu {number}": count for number, count in sorted(Counter(plan.devices).items())}
+    counts = ", ".join(f"{count} on {where}" for where, count in (on_gpus or plan.resting()).items())
     return text.append(f"  {counts}")
+
+
+def _holders(plan: Plan) -> Iterator[tuple[str, str, Mapping[str, int]]]:
+    """What is shown with a map: each tier, and of several GPUs each, under its name."""
+    for tier, parts in plan.predicted.items():
+        if tier == "gpu" and plan.predicted_gpus:
+            yield from ((f"gpu {number}", tier, held) for number, held in enumerate(plan.predicted_gpus))
+        else:
+            yield tier, tier, parts
 
 
 def _bar(parts: Mapping[str, int], budget: int) -> Text:

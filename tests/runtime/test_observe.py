@@ -95,9 +95,9 @@ def on_gpu(built, monkeypatch):
     """A model that claims to be on a GPU, whose allocator has a peak and what it holds now, in bytes. Resetting forgets the peak."""
     peaks = {"max_memory_reserved": 0, "max_memory_allocated": 0, "memory_reserved": 0}
     for name in peaks:
-        monkeypatch.setattr(torch.cuda, name, lambda name=name: peaks[name])
+        monkeypatch.setattr(torch.cuda, name, lambda _number, name=name: peaks[name])
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
-    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda: peaks.update(max_memory_reserved=peaks["memory_reserved"]))
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda _number: peaks.update(max_memory_reserved=peaks["memory_reserved"]))
     held = built("llama", Workload("generate", 1, 8, 1))
     return replace(held, device=torch.device("cuda"), plan=replace(held.plan, budget=Budget(ram=1 << 62, gpu=2 * GIB))), peaks
 
@@ -119,6 +119,25 @@ def test_an_overrun_on_the_gpu_is_stopped(on_gpu):
         peaks["memory_reserved"] += 1
         with pytest.raises(TightfitError, match=r"torch's allocator holds 2.00 GiB of GPU memory, its budget is 2.00 GiB"):
             held.model(input_ids=ids((1, 8), 384))
+
+
+def test_of_several_gpus_the_most_counts_and_the_fullest_is_measured(on_gpu, monkeypatch):
+    held, _ = on_gpu
+    spread = {"devices": (0, 1, 1, 1), "predicted_gpus": ({"weights": 5}, {"weights": 9})}
+    held = replace(held, plan=replace(held.plan, budget=Budget(ram=1 << 62, gpu=1000, gpus=2), **spread))
+    now, forgot = [300, 400], []
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", forgot.append)
+    for name, sizes in {"memory_reserved": now, "max_memory_reserved": [500, 450], "max_memory_allocated": [350, 320]}.items():
+        monkeypatch.setattr(torch.cuda, name, lambda number, sizes=sizes: sizes[number])
+    with torch.inference_mode(), Observer(held) as observer:
+        held.model(input_ids=ids((1, 8), 384))
+        now[1] = 1001
+        with pytest.raises(TightfitError, match="torch's allocator holds 1001 B of GPU memory"):
+            held.model(input_ids=ids((1, 8), 384))
+    report = observer.report(1)
+    assert forgot == [0, 1]
+    assert report.gpu == {"allocated": 350, "reserved": 500, "load_reserved": 500}
+    assert report.measured == {"weights": 0, "activations": 320}, "of GPU 1; no tensor of the test is on it"
 
 
 @pytest.mark.parametrize("family", ["llama", "t5"])

@@ -170,6 +170,34 @@ def test_what_is_said_counts(v2):
     assert (parsed.gpu, parsed.ram, parsed.disk) == (6 * GIB, 16 * 10**9, 100 * 2**20)
 
 
+@pytest.mark.parametrize(
+    ("text", "gpus", "size"), [("24GiB", 1, 24 * GIB), ("2x24GiB", 2, 24 * GIB), (" 4 × 800MiB", 4, 800 * MIB), ("1x6GB", 1, 6 * 10**9)]
+)
+def test_several_gpus_that_are_alike(machine, text, gpus, size):
+    parsed = Budget.parse(gpu=text)
+    assert (parsed.gpus, parsed.gpu, parsed.bytes_of("gpu")) == (gpus, size, size)
+
+
+@pytest.mark.parametrize(
+    "text", ["0x24GiB", "65x24GiB", "999999x1GiB", "2x", "x24GiB", "2x0GiB", "2x2x8GiB", "-2x8GiB", "2x24GiB,8GiB", "2*8GiB"]
+)
+def test_what_names_no_gpus_is_refused(machine, text):
+    with pytest.raises(TightfitError) as caught:
+        Budget.parse(gpu=text)
+    assert caught.value.hint
+
+
+def test_several_gpus_are_used_only_where_they_are_named(machine):
+    assert Budget.here().gpus == Budget.parse().gpus == Budget.parse(ram="1GiB").gpus == 1
+
+
+def test_work_for_one_gpu_refuses_several():
+    Budget(1, 1).refuse_several("tuning", "")
+    with pytest.raises(TightfitError, match="tuning uses one GPU, and the budget has 2") as caught:
+        Budget(1, 1, gpus=2).refuse_several("tuning", "name one")
+    assert caught.value.hint == "name one"
+
+
 def test_what_is_not_said_is_read(v2):
     v2("", 12345678)
     parsed = Budget.parse(disk="1GiB")

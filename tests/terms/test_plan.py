@@ -29,12 +29,23 @@ PLAN = Plan(
 )
 
 
+SPREAD = replace(
+    PLAN,
+    budget=replace(PLAN.budget, gpus=3),
+    residency=("gpu",) * 4,
+    predicted={"gpu": {"weights": 60}},
+    devices=(0, 0, 1, 1),
+    predicted_gpus=({"weights": 50, "overhead": 8}, {"weights": 60}),
+)
+
+
 def through_json(plan: Plan) -> Plan:
     return Plan.from_json(json.loads(json.dumps(plan.to_json())))
 
 
 def test_a_plan_is_the_same_after_json():
     assert through_json(PLAN) == PLAN
+    assert through_json(SPREAD) == SPREAD
     resident = Plan.all_resident("m", Workload(), 3, {})
     assert through_json(resident) == resident
 
@@ -57,6 +68,11 @@ def test_sums_of_the_compute_tier():
     assert replace(PLAN, budget=Budget(ram=1)).compute_tier == "ram"
 
 
+def test_of_several_gpus_the_fullest_is_told():
+    assert (SPREAD.gpus_used, SPREAD.fullest_gpu) == (2, 1)
+    assert (PLAN.gpus_used, PLAN.fullest_gpu, replace(PLAN, budget=Budget(ram=1)).gpus_used) == (1, 0, 0)
+
+
 def test_a_newer_format_is_refused():
     with pytest.raises(TightfitError, match="newer tightfit") as caught:
         Plan.from_json(PLAN.to_json() | {"format": FORMAT + 1})
@@ -65,6 +81,7 @@ def test_a_newer_format_is_refused():
 
 FIELDS = ["format", *Plan.__dataclass_fields__]
 TEXTS = ("model", "quality", "adapter")
+DEFAULTED = ("streamed_bytes", "random_weights", "adapter", "devices", "predicted_gpus", "reasons", "turned_down", "notes")
 LEGAL = {*((name, "str") for name in TEXTS), ("streamed_bytes", "int"), ("format", "int"), ("techniques", "dict"), ("workload", "dict")}
 """Junk that one cannot tell from a value; a workload has a default for every field."""
 
@@ -84,7 +101,7 @@ def test_a_plan_with_one_field_of_junk_is_refused(field, junk):
     "field",
     [
         "format",
-        *(name for name in FIELDS[1:] if name not in ("streamed_bytes", "random_weights", "adapter", "reasons", "turned_down", "notes")),
+        *(name for name in FIELDS[1:] if name not in DEFAULTED),
     ],
 )
 def test_a_plan_without_a_field_is_refused(field):
@@ -98,6 +115,11 @@ def test_a_plan_that_contradicts_itself_is_refused():
     for wrong in ({"predicted": {"ram": {"weights": 9}}}, {"predicted": {"gpu": {}}}, {"residency": ["gpu", "moon", "gpu", "disk"]}):
         with pytest.raises(TightfitError, match="not a plan"):
             Plan.from_json(PLAN.to_json() | wrong)
+    few = SPREAD.to_json()["budget"] | {"gpus": 1}
+    one = [{"weights": 50}]
+    for wrong in ({"devices": [0, 1]}, {"devices": [0, 0, 1, 2]}, {"devices": []}, {"predicted_gpus": one}, {"budget": few}):
+        with pytest.raises(TightfitError, match="not a plan"):
+            Plan.from_json(SPREAD.to_json() | wrong)
 
 
 def test_a_field_that_is_not_known_is_passed_over():

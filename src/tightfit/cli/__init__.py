@@ -14,7 +14,7 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
-from tightfit.cli.options import Json, Model, QualityOption, Random, Size, Techniques, app, one_of, quiet, shown
+from tightfit.cli.options import Gpus, Json, Model, QualityOption, Random, Size, Techniques, app, given, one_of, quiet, shown
 from tightfit.talk import bar, complain, emit, out, refuse_unwritable, talk, write
 from tightfit.terms.budget import Budget
 from tightfit.terms.errors import TightfitError, near
@@ -27,7 +27,7 @@ Adapter = Annotated[str, typer.Option(help="The folder that `tightfit tune` or P
 @app.command("plan")
 def plan_command(
     model: Model,
-    gpu: Size = None,
+    gpu: Gpus = None,
     ram: Size = None,
     disk: Size = None,
     task: Annotated[str, typer.Option(help="generate, tune or embed.")] = "generate",
@@ -59,7 +59,7 @@ def run_command(
     model: Annotated[str | None, typer.Argument(help="A folder, a preset, or a Hugging Face id.", show_default=False)] = None,
     prompt: Annotated[str, typer.Option(help="The text to continue.")] = "Once upon a time",
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens to write.")] = 128,
-    gpu: Size = None,
+    gpu: Gpus = None,
     ram: Size = None,
     disk: Size = None,
     adapter: Adapter = "",
@@ -102,7 +102,7 @@ def eval_command(
     model: Model,
     data: Annotated[str, typer.Argument(help="A text file.", show_default=False)],
     metric: Annotated[str, typer.Option(help="perplexity")] = "perplexity",
-    gpu: Size = None,
+    gpu: Gpus = None,
     ram: Size = None,
     disk: Size = None,
     context: Annotated[
@@ -259,10 +259,8 @@ def main() -> None:
 
 def _refuse_replanning(context: typer.Context) -> None:
     """A saved plan is repeated as it is: what would change it is refused, not ignored."""
-    deciding = ("gpu", "ram", "disk", "technique", "quality", "max_new_tokens", "random_weights", "adapter")
-    given = [name for name in deciding if context.get_parameter_source(name).name == "COMMANDLINE"]  # type: ignore[union-attr]
-    if given:
-        named = ", ".join(f"`--{name.replace('_', '-')}`" for name in given)
+    named = given(context, "gpu", "ram", "disk", "technique", "quality", "max_new_tokens", "random_weights", "adapter")
+    if named:
         raise TightfitError(f"{named} would change the plan that `--plan` repeats", hint="leave it out, or plan again with it")
 
 

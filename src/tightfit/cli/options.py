@@ -19,6 +19,7 @@ LATER = 130
 
 Model = Annotated[str, typer.Argument(help="A folder, a preset (see `tightfit list`), or a Hugging Face id.", show_default=False)]
 Size = Annotated[str | None, typer.Option(help="A size such as 6GiB or 6GB.", show_default=False)]
+Gpus = Annotated[str | None, typer.Option(help="A size such as 6GiB; for several that are alike 2x24GiB.", show_default=False)]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 Techniques = Annotated[
     list[str] | None, typer.Option("--technique", help="NAME or NAME:key=value,…; may be given again.", show_default=False)
@@ -34,6 +35,12 @@ def one_of(what: str, name: str, *known: str) -> Any:
     if name not in known:
         raise TightfitError(f"no {what} is called `{name}`", hint=near(name, known))
     return name
+
+
+def given(call: typer.Context, *names: str) -> str:
+    """Which of the options `names` were typed, as a person types them; empty where none was."""
+    typed = [name for name in names if call.get_parameter_source(name).name == "COMMANDLINE"]  # type: ignore[union-attr]
+    return ", ".join(f"`--{name.replace('_', '-')}`" for name in typed)
 
 
 def quiet() -> None:

@@ -37,19 +37,26 @@ class _Flow:
 
 
 def graph_of(
-    tape: Tape, grain: str = "operator", whole: Container[str] = (), state_bytes: int = 0, gradients_stay: bool = True
+    tape: Tape,
+    grain: str = "operator",
+    whole: Container[str] = (),
+    state_bytes: int = 0,
+    gradients_stay: bool = True,
+    tied: bool = True,
 ) -> Captured:
     """The graph of a recorded step; all seconds are 0.
 
     `grain`: `operator`: every operation that is no view; `module`: one operator for each run of a leaf module, and of operations between
-    them; `block`: one for each of the model's repeated blocks. Modules of the classes `whole` stay in one piece at any grain.
+    them; `block`: one for each of the model's repeated blocks, and for what runs before, between and after them. Modules of the classes
+    `whole` stay in one piece at any grain.
     `state_bytes`: what the optimizer keeps for each trained element (AdamW: 8). `gradients_stay`: their memory is taken for good, as where
-    they add up over several batches; otherwise from when they are computed, as where each update gives them up.
+    they add up over several batches; otherwise from when they are computed, as where each update gives them up. `tied`: a parameter of
+    several names lies on one device; otherwise on each that reads it, as on the first and the last stage of a pipeline.
 
-    Bytes: parameters and buffers, once each, belong to the first operator that reads them; with a parameter that has a gradient go the
-    gradient, if it stays, and the optimizer's state. An output counts all storages that an operator leaves to others. What only its own
-    backward reads counts as kept, so that it is not sent with the output. What an operator makes and needs by itself is temporary, for as
-    long as the step that was recorded held it: of a whole module, for as long as its Python does.
+    Bytes: parameters and buffers, once each, belong to the first operator of its group that reads them; with a parameter that has a
+    gradient go the gradient, if it stays, and the optimizer's state. An output counts all storages that an operator leaves to others. What
+    only its own backward reads counts as kept, so that it is not sent with the output. What an operator makes and needs by itself is
+    temporary, for as long as the step that was recorded held it: of a whole module, for as long as its Python does.
     Groups: users of one parameter; an operation in place and whoever made what it changes; forward and backward of one operation.
     Where an operation in place follows readers of the old contents, it counts as a reader of what those made. A result that is read
     too counts twice, as an output until it is read, and as kept.
@@ -57,24 +64,26 @@ def graph_of(
     if grain not in GRAINS:
         raise TightfitError(f"no grain is called `{grain}`", hint=near(grain, GRAINS))
     inputs = _inputs_read(tape)
+    if grain == "block" and not any(visit.block for visit in tape.visits):
+        grain = "module"
     pieces = {number: _piece(tape, call, grain, whole) for number, call in enumerate(tape.calls)}
     parts = (*((),) * len(inputs), *_runs(tape, pieces))
     given = (f"input: {tape.storages[storage].name}" for storage in inputs)
     names = tuple(_numbered((*given, *(_name(tape, calls, pieces[calls[0]]) for calls in parts[len(inputs) :]))))
     flow = _flow(tape, inputs, {call: part for part, calls in enumerate(parts) for call in calls})
-    operators = _operators(tape, parts, flow, names, state_bytes, gradients_stay)
+    operators = _operators(tape, parts, flow, names, state_bytes, gradients_stay, tied)
     return Captured(Graph(tape.name, operators, flow.edges), tape, parts)
 
 
 def _operators(
-    tape: Tape, parts: Sequence[tuple[int, ...]], flow: _Flow, names: Sequence[str], state_bytes: int, gradients_stay: bool
+    tape: Tape, parts: Sequence[tuple[int, ...]], flow: _Flow, names: Sequence[str], state_bytes: int, gradients_stay: bool, tied: bool
 ) -> tuple[Operator, ...]:
     part_of = {call: part for part, calls in enumerate(parts) for call in calls}
-    groups = _groups(tape, parts, part_of, flow)
+    groups = _groups(tape, parts, part_of, flow, tied)
     shared = Counter(groups)
     backward = [bool(calls) and tape.calls[calls[0]].backward for calls in parts]
     outputs, kept, inner = _made(tape, flow, groups, backward, gradients_stay)
-    weights = _weights(tape, part_of, flow, state_bytes, gradients_stay)
+    weights = _weights(tape, part_of, flow, groups, state_bytes, gradients_stay)
     return tuple(
         Operator(
             name=name,
@@ -100,9 +109,9 @@ def _piece(tape: Tape, call: Call, grain: str, whole: Container[str]) -> tuple[i
     chain = tape.visits_of(call)
     for visit in chain:
         seen = tape.visits[visit]
-        if seen.kind in whole or (grain == "block" and seen.block) or (grain != "operator" and seen.leaf):
+        if seen.kind in whole or (grain == "block" and seen.block) or (grain == "module" and seen.leaf):
             return visit, True
-    return None if grain == "operator" else (call.visit, False)
+    return {"operator": None, "module": (call.visit, False), "block": (None, True)}[grain]
 
 
 def _runs(tape: Tape, pieces: Mapping[int, tuple[int | None, bool] | None]) -> Iterator[tuple[int, ...]]:
@@ -145,7 +154,7 @@ def _flow(tape: Tape, inputs: Iterable[int], part_of: Mapping[int, int]) -> _Flo
     return _Flow(maker, {at: tuple(found) for at, found in readers.items()}, {at: tuple(found) for at, found in writers.items()}, edges)
 
 
-def _groups(tape: Tape, parts: Sequence[tuple[int, ...]], part_of: Mapping[int, int], flow: _Flow) -> list[int]:
+def _groups(tape: Tape, parts: Sequence[tuple[int, ...]], part_of: Mapping[int, int], flow: _Flow, tied: bool) -> list[int]:
     """For each part the first part of its group."""
     leader = list(range(len(parts)))
 
@@ -161,7 +170,7 @@ def _groups(tape: Tape, parts: Sequence[tuple[int, ...]], part_of: Mapping[int, 
 
     for number, storage in enumerate(tape.storages):
         users = flow.readers.get(number, ())
-        if users and storage.kind in ("parameter", "buffer"):
+        if users and storage.kind in ("parameter", "buffer") and (tied or not storage.aliases):
             join(*users)
         if number in flow.maker and flow.writers.get(number):
             join(flow.maker[number], *flow.writers[number])
@@ -170,7 +179,7 @@ def _groups(tape: Tape, parts: Sequence[tuple[int, ...]], part_of: Mapping[int, 
             join(part_of[number], part_of[call.forward])
     numbers = {storage.name: number for number, storage in enumerate(tape.storages) if storage.kind == "parameter"}
     for name, gradient in tape.gradients.items():
-        users = flow.readers.get(numbers[name], ())
+        users = flow.readers.get(numbers[name], ()) if tied or not tape.storages[numbers[name]].aliases else ()
         if users and gradient.storage in flow.maker:
             join(flow.maker[gradient.storage], *users)
     return [find(part) for part in range(len(parts))]
@@ -219,16 +228,18 @@ def _temporary(tape: Tape, calls: Sequence[int], inner: Container[int]) -> int:
     return peak
 
 
-def _weights(tape: Tape, part_of: Mapping[int, int], flow: _Flow, state_bytes: int, gradients_stay: bool) -> Counter[int]:
-    """By part: bytes of the parameters and buffers that it is the first to read, or, of unread ones, that lie next to it in the model."""
+def _weights(
+    tape: Tape, part_of: Mapping[int, int], flow: _Flow, groups: Sequence[int], state_bytes: int, gradients_stay: bool
+) -> Counter[int]:
+    """By part: bytes of the parameters and buffers that it is the first of its group to read, or, of unread ones, that lie next to it."""
     weights = Counter[int]()
     for number, storage in enumerate(tape.storages):
         if storage.kind not in ("parameter", "buffer"):
             continue
         users = flow.readers.get(number) or (part_of[_nearest(tape, storage.name)],)
-        weights[min(users)] += storage.size_bytes
-        if storage.name in tape.gradients:
-            weights[min(users)] += state_bytes * storage.elements + (storage.gradient_bytes if gradients_stay else 0)
+        trains = state_bytes * storage.elements + (storage.gradient_bytes if gradients_stay else 0) if storage.name in tape.gradients else 0
+        for first in {groups[user]: user for user in sorted(users, reverse=True)}.values():
+            weights[first] += storage.size_bytes + trains
     return weights
 
 

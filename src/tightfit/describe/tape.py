@@ -28,6 +28,7 @@ class Storage:
     name: str = ""
     gradient_bytes: int = 0  # of a trained parameter
     elements: int = 0
+    aliases: tuple[str, ...] = ()  # the other names of a tied parameter
 
 
 @dataclass(frozen=True)

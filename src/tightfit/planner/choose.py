@@ -15,6 +15,7 @@ from tightfit.planner.explain import lacking, reasons, refusal
 from tightfit.planner.outcome import Outcome, Request
 from tightfit.planner.pace import pace
 from tightfit.planner.residency import Residency, behind, least, settle
+from tightfit.planner.spread import spread
 from tightfit.planner.weigh import Weights, weigh
 from tightfit.rehearse.rehearsal import rehearse
 from tightfit.terms.errors import TightfitError
@@ -35,6 +36,10 @@ def choose(request: Request, machine: Machine, available: Mapping[str, type[Any]
 
     Raises `DoesNotFit` before any weight is read, with what is missing by kind and what would help.
     """
+    if request.workload.task == "tune":
+        request.budget.refuse_several(
+            "tuning", "name one GPU; `accelerate launch --num_processes 2` tunes on two, each with rows of its own"
+        )
     request = _moving_blocks(request, available)
     found = candidates(request.workload, available, request.asked)
     wished = [candidate for candidate in found if allowed(candidate, request.quality, request.asked)]
@@ -133,10 +138,15 @@ def _extras_of(tried: list[Tried]) -> frozenset[str]:
 
 
 def _outcomes(request: Request, tried: list[Tried], extras: frozenset[str], machine: Machine) -> list[Outcome]:
-    return [
+    found = [
         _outcome(request, candidate, workload, footprint, replace(weights, extras=extras), machine)
         for candidate, workload, footprint, weights in tried
     ]
+    if request.budget.compute_tier != "gpu" or request.budget.gpus < 2:
+        return found
+    caps = {"gpu": request.budget.gpu, "ram": request.budget.ram}
+    rooms = [{tier: _room(machine, tier, cap, outcome.weights) for tier, cap in caps.items()} for outcome in found]
+    return [spread(request, outcome, room, machine) for outcome, room in zip(found, rooms, strict=True)]
 
 
 def _outcome(
@@ -244,8 +254,11 @@ def _plan(request: Request, best: Outcome, machine: Machine, turned_down: tuple[
     }
     scratch = best.weights.load_scratch(request.budget.compute_tier)
     phases = {"load": {"weights": best.weights.outside + residency.loading_bytes, "workspace": scratch}} | phases
+    if best.spread:
+        phases = {"load": {"weights": best.predicted["gpu"]["weights"], "workspace": scratch}} | dict(best.spread.phases)
     known = machine.probed and (request.budget.compute_tier == "ram" or machine.device == "cuda")
     notes = () if known else ("rates and overhead are guesses for an unknown machine; `tightfit probe` measures them",)
+    notes += (best.left_idle,) if best.left_idle else ()
     return Plan(
         model=request.skeleton.name,
         workload=best.workload,
@@ -258,6 +271,8 @@ def _plan(request: Request, best: Outcome, machine: Machine, turned_down: tuple[
         seconds=best.pace.seconds,
         streamed_bytes=sum(best.weights.blocks[position] for position in residency.streamed),
         random_weights=request.random_weights,
+        devices=best.spread.devices if best.spread else (),
+        predicted_gpus=best.spread.predicted if best.spread else (),
         reasons=reasons(request, best),
         turned_down=turned_down,
         notes=notes,

@@ -3,7 +3,7 @@
 from collections import Counter
 
 from tightfit.planner.candidates import allowed
-from tightfit.planner.outcome import Outcome, Request
+from tightfit.planner.outcome import Outcome, Request, Spread
 from tightfit.terms.errors import DoesNotFit
 from tightfit.terms.footprint import KINDS, total
 from tightfit.terms.units import enough, show_bytes, show_seconds
@@ -13,6 +13,8 @@ def reasons(request: Request, best: Outcome) -> tuple[str, ...]:
     """The plan's reasons, one short sentence each."""
     residency, fast = best.residency, request.budget.compute_tier
     assert residency is not None
+    if best.spread:
+        return _spread_reasons(best.spread)
     lines = [f"the peak is in `{best.footprint.peak_phase}`"]
     if not residency.streamed:
         return (f"all {len(residency.homes)} blocks stay on {fast}", *lines)
@@ -24,6 +26,17 @@ def reasons(request: Request, best: Outcome) -> tuple[str, ...]:
         f"{stays} of {len(residency.homes)} blocks stay on {fast}; {where} stream through {residency.slots} slots",
         f"a pass moves its blocks in {show_seconds(best.pace.seconds['stream'])}: {bound}",
         *lines,
+    )
+
+
+def _spread_reasons(spread: Spread) -> tuple[str, ...]:
+    counts = Counter(spread.devices)
+    where = ", ".join(f"{counts[number]} on gpu {number}" for number in range(len(spread.predicted)))
+    alone = "one GPU alone has no room" if spread.alone is None else f"one GPU alone would take {spread.alone:.1f}x the time"
+    return (
+        f"all {len(spread.devices)} blocks stay on {len(spread.predicted)} GPUs ({where}); {alone}",
+        f"hidden states change the GPU {spread.changes} times in a pass",
+        f"the peak of the fullest GPU is in `{max(spread.phases, key=lambda name: total(spread.phases[name]))}`",
     )
 
 

@@ -29,6 +29,17 @@ class Request:
 
 
 @dataclass(frozen=True)
+class Spread:
+    """Blocks on several GPUs that are alike, all of which stay where they are. What stands outside of blocks is on GPU 0."""
+
+    devices: tuple[int, ...]  # of each block, the number of its GPU
+    predicted: tuple[Mapping[str, int], ...]  # of each GPU that is used, kind → bytes at the peak of the run
+    phases: Mapping[str, Mapping[str, int]]  # of the fullest one
+    changes: int  # how often hidden states change the GPU in a pass
+    alone: float | None  # times as long as one GPU would take; None: one does not suffice
+
+
+@dataclass(frozen=True)
 class Outcome:
     """One candidate, tried on the workload as it would be split: what it needs at least, and how it would run.
 
@@ -45,3 +56,5 @@ class Outcome:
     predicted: Mapping[str, Mapping[str, int]]
     needed: Mapping[str, Mapping[str, int]]
     pace: Pace
+    spread: Spread | None = None
+    left_idle: str = ""  # why of several GPUs one is used

@@ -39,8 +39,9 @@ def plan_solving(
 ) -> QuantizePlan:
     """Predict the peak of `runtime/quantize.py`, with the hidden states in RAM where they fit and on the disk where they do not.
 
-    Raises `DoesNotFit` when neither stays inside the budget.
+    Raises `DoesNotFit` when neither stays inside the budget, and `TightfitError` for several GPUs.
     """
+    budget.refuse_several("quantizing", "name one GPU, such as `--gpu 24GiB`: one block after the other is solved there")
     dense, small = skeleton.meta_model(), skeleton.meta_model()
     technique.apply(small)  # type: ignore[attr-defined]
     layers = {path: module for path, module in small.named_modules() if isinstance(module, QuantizedLinear | QuantizedExperts)}

@@ -7,6 +7,7 @@ graph break can stop it, operations in place stay so, and backward operations ca
 import re
 import sys
 import weakref
+from collections import defaultdict
 from collections.abc import Callable, Container, Mapping
 from contextlib import ExitStack
 from dataclasses import replace
@@ -46,13 +47,14 @@ def capture(
     loss: Loss | None = None,
     state_bytes: int = 8,
     gradients_stay: bool = True,
+    tied: bool = True,
     device: str = "cpu",
     machine: Machine | None = None,
 ) -> Captured:
     """The graph of one step of `module`, for which no weight is loaded: it may lie on `meta`, and is not changed.
 
     `inputs`: a tensor, a tuple of arguments, or a mapping of keyword arguments; only shapes and dtypes are read. A Hugging Face model
-    is run without a cache unless they say otherwise. `grain`, `whole` and `gradients_stay`: see `graph_of`.
+    is run without a cache unless they say otherwise. `grain`, `whole`, `gradients_stay` and `tied`: see `graph_of`.
     `training`: forward, loss and backward, with the module in training mode; the optimizer's own step is left out, its state is not:
     `state_bytes` for each trained element (AdamW: 8). `loss`: by default the output's own, else the mean square of its first tensor.
     `device`: `cpu`, or a GPU that is here, whose kernels are the calls. Seconds are those of `machine` (`Machine.here()`) for its tier.
@@ -61,7 +63,7 @@ def capture(
     Raises `TightfitError` for a module that decides shapes from its data or computes nothing.
     """
     tape = record(module, inputs, training, loss, device)
-    captured = graph_of(tape, grain, whole, state_bytes, gradients_stay)
+    captured = graph_of(tape, grain, whole, state_bytes, gradients_stay, tied)
     return replace(captured, graph=priced(captured, machine or Machine.here(), "gpu" if device.startswith("cuda") else "ram"))
 
 
@@ -130,9 +132,12 @@ def _faked(module: nn.Module, mode: FakeTensorMode, device: torch.device, record
     """Make the module's parameters and buffers fake ones on `device`, and name them; tied ones once."""
     materialize(module, lambda tensor: FakeTensor(mode, torch.empty_like(tensor, device="meta"), device))
     parameters, buffers = dict(module.named_parameters()), dict(module.named_buffers())
+    names: dict[int, list[str]] = defaultdict(list)
+    for name, tensor in module.named_parameters(remove_duplicate=False):
+        names[id(tensor)].append(name)
     for name, tensor in parameters.items():
-        trained = tensor.requires_grad
-        recorder.adopt(tensor, "parameter", name, tensor.nbytes if trained else 0, tensor.numel() if trained else 0)
+        sizes = (tensor.nbytes, tensor.numel()) if tensor.requires_grad else (0, 0)
+        recorder.adopt(tensor, "parameter", name, *sizes, tuple(other for other in names[id(tensor)] if other != name))
     for name, tensor in buffers.items():
         recorder.adopt(tensor, "buffer", name)
     return parameters | buffers
@@ -215,12 +220,14 @@ class _Recorder(TorchDispatchMode):
                 self.constants[self._known[key]] = tensor
         return Window(self._known[key], tensor.dtype, tuple(tensor.shape), tensor.stride(), tensor.storage_offset())
 
-    def adopt(self, tensor: Tensor, kind: str, name: str = "", gradient_bytes: int = 0, elements: int = 0) -> None:
+    def adopt(
+        self, tensor: Tensor, kind: str, name: str = "", gradient_bytes: int = 0, elements: int = 0, aliases: tuple[str, ...] = ()
+    ) -> None:
         """Give the storage of `tensor` a number. It is told by its address for as long as it lives."""
         storage = tensor.untyped_storage()
         key = storage._cdata
         self._known[key] = len(self.storages)
-        self.storages.append(Storage(kind, storage.nbytes(), name, gradient_bytes, elements))
+        self.storages.append(Storage(kind, storage.nbytes(), name, gradient_bytes, elements, aliases))
         weakref.finalize(storage, self._forget, key).atexit = False
 
     def enter(self, path: str, kind: str, leaf: bool, block: bool) -> None:

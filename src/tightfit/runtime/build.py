@@ -14,6 +14,7 @@ from tightfit.contracts import Initialises
 from tightfit.describe.blocks import blocks_of
 from tightfit.describe.skeleton import Skeleton
 from tightfit.formats.image import BlockImage, copy_into, image_of, unbind
+from tightfit.runtime import spread
 from tightfit.runtime.link import pinned_empty
 from tightfit.runtime.placing import Placing
 from tightfit.runtime.spill import Spill
@@ -28,7 +29,10 @@ Progress = Callable[[int, int], None]
 
 @dataclass
 class Built:
-    """A model that is ready to run, with whatever must be closed after it. Use it as a context manager."""
+    """A model that is ready to run, with whatever must be closed after it. Use it as a context manager.
+
+    `device` is where inputs go and results are; of several GPUs the first.
+    """
 
     model: nn.Module
     skeleton: Skeleton
@@ -52,9 +56,8 @@ class Built:
 def build(plan: Plan, skeleton: Skeleton, progress: Progress = lambda done, whole: None) -> Built:
     """Make the planned model and fill it. Raises `TightfitError`, and leaves nothing behind, when a weight is missing or damaged."""
     began = time.perf_counter()
-    device = torch.device("cuda" if plan.compute_tier == "gpu" else "cpu")
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise TightfitError("the plan computes on a GPU, and torch finds none here", hint="plan again with `--ram` only")
+    device = spread.device(0) if plan.devices else torch.device("cuda" if plan.compute_tier == "gpu" else "cpu")
+    spread.refuse_missing(plan)
     model = skeleton.meta_model()
     if len(plan.residency) != len(blocks_of(model)):
         raise TightfitError(
@@ -83,8 +86,9 @@ def build(plan: Plan, skeleton: Skeleton, progress: Progress = lambda done, whol
 
 def _cap_allocator(plan: Plan) -> None:
     """Let torch's allocator give its cache back, and in the end refuse, before it goes beyond the budget less the card's own overhead."""
-    whole = torch.cuda.get_device_properties(0).total_memory
-    torch.cuda.set_per_process_memory_fraction(min(1.0, (plan.budget.gpu - Machine.here().overhead_gpu) / whole))
+    for number in spread.gpus_of(plan):
+        whole = torch.cuda.get_device_properties(number).total_memory
+        torch.cuda.set_per_process_memory_fraction(min(1.0, (plan.budget.gpu - Machine.here().overhead_gpu) / whole), number)
 
 
 def _fill(built: Built, progress: Progress) -> None:
@@ -101,7 +105,11 @@ def _fill(built: Built, progress: Progress) -> None:
         waits_in_ram = position in streamed and built.device.type == "cuda" and built.plan.residency[position] == "ram"
         image = placing.image_in_files(path, block) if position in streamed and not waits_in_ram else None
         if image is None:
+            if built.plan.devices:
+                placing.device = spread.device(built.plan.devices[position])
             placing.place_block(path)
+            if built.plan.devices:
+                spread.place_buffers(block, placing.device)
             if position in streamed:
                 image = image_of(block)
                 if waits_in_ram:
@@ -113,6 +121,8 @@ def _fill(built: Built, progress: Progress) -> None:
             unbind(block, image, built.device)
             images[position] = image
         progress(*placing.progress())
+    if built.plan.devices:
+        spread.spread_over(built.model, built.plan.devices)
     if offload:
         blocks = {position: block for position, (_, block) in enumerate(blocks_of(built.model)) if position in streamed}
         built.stream = built.held.enter_context(Stream(blocks, images, offload.slots, built.device, pinned))

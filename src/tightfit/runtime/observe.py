@@ -14,6 +14,7 @@ from tightfit.formats.notes import kernel_notes
 from tightfit.rehearse.meter import Meter
 from tightfit.runtime.build import Built
 from tightfit.runtime.process import reset_peak, resident
+from tightfit.runtime.spread import gpus_of
 from tightfit.terms.errors import TightfitError
 from tightfit.terms.footprint import total
 from tightfit.terms.report import Report
@@ -30,14 +31,15 @@ class Account:
         self.peak: dict[str, int] = {}
         self.on_gpu = built.device.type == "cuda"
         self._load_peak = resident().peak
-        self._load_reserved = torch.cuda.max_memory_reserved() if self.on_gpu else 0
+        self._gpus = gpus_of(built.plan) if self.on_gpu else []
+        self._load_reserved = self._most(torch.cuda.max_memory_reserved)
         self._began = self._ended = 0.0
 
     def begin(self) -> None:
         """Running begins: loading's peaks are kept apart."""
         reset_peak()
-        if self.on_gpu:
-            torch.cuda.reset_peak_memory_stats()
+        for number in self._gpus:
+            torch.cuda.reset_peak_memory_stats(number)
         self._began = time.perf_counter()
 
     def end(self) -> None:
@@ -61,7 +63,7 @@ class Account:
         budget = self.built.plan.budget
         held = [("the process", resident().total, "RAM", budget.ram)]
         if self.on_gpu:
-            held.append(("torch's allocator", torch.cuda.memory_reserved(), "GPU memory", budget.gpu))
+            held.append(("torch's allocator", self._most(torch.cuda.memory_reserved), "GPU memory", budget.gpu))
         for who, size, memory, cap in held:
             if size > cap:
                 raise TightfitError(
@@ -97,15 +99,20 @@ class Account:
         )
 
     def _gpu_kinds(self) -> dict[str, int]:
-        """torch's allocator knows only the sum; weights are counted, the rest is what ran beside them."""
-        weights = {tensor.untyped_storage()._cdata: tensor.untyped_storage().nbytes() for tensor in self.weights() if tensor.is_cuda}
-        held = sum(weights.values())
-        return {"weights": held, "activations": max(0, torch.cuda.max_memory_allocated() - held)}
+        """torch's allocator knows only the sum; weights are counted, the rest is what ran beside them. Of several GPUs the fullest."""
+        number = self._gpus[self.built.plan.fullest_gpu]
+        here = [tensor for tensor in self.weights() if tensor.is_cuda and number in (None, tensor.device.index)]
+        held = sum({tensor.untyped_storage()._cdata: tensor.untyped_storage().nbytes() for tensor in here}.values())
+        return {"weights": held, "activations": max(0, torch.cuda.max_memory_allocated(number) - held)}
 
     def _gpu_peaks(self) -> dict[str, int]:
-        """Of torch's allocator, while running and while loading."""
-        running = {"allocated": torch.cuda.max_memory_allocated(), "reserved": torch.cuda.max_memory_reserved()}
+        """Of torch's allocator, while running and while loading; of several GPUs the most on any."""
+        running = {"allocated": self._most(torch.cuda.max_memory_allocated), "reserved": self._most(torch.cuda.max_memory_reserved)}
         return running | {"load_reserved": self._load_reserved}
+
+    def _most(self, size: Callable[[int | None], int]) -> int:
+        """The most that `size` says of any GPU of the plan; 0 without one."""
+        return max((size(number) for number in self._gpus), default=0)
 
 
 class Observer:

@@ -1,39 +1,53 @@
 """Budget: the bytes that a run may use on each tier. An absolute number, a cap and not a wish."""
 
 import os
+import re
 import shutil
 import subprocess
 from dataclasses import dataclass
 from pathlib import Path
 
 from tightfit.terms.disk import free_disk
+from tightfit.terms.errors import TightfitError
 from tightfit.terms.units import parse_size
 
 _CGROUPS = Path("/sys/fs/cgroup")
 _PROC = Path("/proc")
 
+MOST_GPUS = 64
+"""In one machine: more than there are."""
+
 
 @dataclass(frozen=True)
 class Budget:
-    """Bytes per tier. `gpu` 0: compute on the CPU. `ram` is the whole process, interpreter included. `disk` is for spill files."""
+    """Bytes per tier. `gpu` 0: compute on the CPU. `ram` is the whole process, interpreter included. `disk` is for spill files.
+
+    With several `gpus`, which are alike, `gpu` is the cap of each.
+    """
 
     ram: int
     gpu: int = 0
     disk: int = 0
+    gpus: int = 1
 
     @classmethod
     def parse(cls, gpu: str | None = None, ram: str | None = None, disk: str | None = None) -> "Budget":
-        """A budget from texts such as `6GiB`. What is not given is read from this machine; a GPU is used only where one is or is named."""
+        """A budget from texts such as `6GiB`, or `2x24GiB` for two GPUs of 24 GiB each.
+
+        What is not given is read from this machine; a GPU is used only where one is or is named, several only where they are named.
+        """
         here = cls.here()
+        gpus, size = (1, None) if gpu is None else _gpus(gpu)
         return cls(
             ram=here.ram if ram is None else parse_size(ram),
-            gpu=parse_size(gpu) if gpu is not None else (0 if ram or disk else here.gpu),
+            gpu=size if size is not None else (0 if ram or disk else here.gpu),
             disk=here.disk if disk is None else parse_size(disk),
+            gpus=gpus,
         )
 
     @classmethod
     def here(cls) -> "Budget":
-        """What this machine has free now: RAM (a container's limit included), GPU memory, disk under the spill folder."""
+        """What this machine has free now: RAM (a container's limit included), the first GPU's memory, disk under the spill folder."""
         return cls(ram=_free_ram(), gpu=_free_gpu(), disk=free_disk())
 
     @property
@@ -42,8 +56,22 @@ class Budget:
         return "gpu" if self.gpu else "ram"
 
     def bytes_of(self, tier: str) -> int:
-        """The cap of `tier` (`gpu`, `ram` or `disk`)."""
+        """The cap of `tier` (`gpu`, `ram` or `disk`); of each GPU where there are several."""
         return {"gpu": self.gpu, "ram": self.ram, "disk": self.disk}[tier]
+
+    def refuse_several(self, doing: str, hint: str) -> None:
+        """Raise `TightfitError` for several GPUs, of which `doing` would use one."""
+        if self.gpus > 1:
+            raise TightfitError(f"{doing} uses one GPU, and the budget has {self.gpus}", hint=hint)
+
+
+def _gpus(text: str) -> tuple[int, int]:
+    """How many GPUs, and the bytes of each, from `24GiB` or `2x24GiB`."""
+    match = re.fullmatch(r"\s*(\d{1,6})\s*[x×]\s*(.+)", text)
+    count, size = (int(match[1]), match[2]) if match else (1, text)
+    if not 0 < count <= MOST_GPUS:
+        raise TightfitError(f"`{text}` is {count} GPUs", hint=f"name 1 to {MOST_GPUS} that are alike, such as `2x24GiB`")
+    return count, parse_size(size)
 
 
 def _free_ram() -> int:

@@ -54,7 +54,7 @@ class Placed:
 
     objective: str  # makespan, or throughput
     seconds: float  # the makespan, or the largest load of a device
-    bound_seconds: float  # no placement can be below
+    bound_seconds: float  # no placement (of a pipeline: no contiguous split, unless the answer is scattered itself) can be below
     bound_by: str  # what the bound rests on: critical path, work, largest operator, memory, optimum
     placement: Placement
     peak_bytes: tuple[int, ...]
@@ -67,9 +67,14 @@ class Placed:
         return self.seconds / self.bound_seconds - 1 if self.bound_seconds else 0.0
 
     @property
+    def rivals(self) -> str:
+        """In words, what the bound holds for."""
+        return "contiguous split" if self.objective == "throughput" and self.placement.by != "scattered" else "placement"
+
+    @property
     def standing(self) -> str:
         """In words, how far from the best it is at most; what a solver leaves open is not told."""
-        return "the best there is" if self.gap < 2e-4 else f"at most {self.gap:.1%} from the best"
+        return f"the best {self.rivals}" if self.gap < 2e-4 else f"at most {self.gap:.1%} from the best {self.rivals}"
 
     def to_json(self) -> dict[str, Any]:
         """The answer without its graph; operators stand by number."""
@@ -99,6 +104,8 @@ class PlaceReport:
     schedule: Schedule
     loads: tuple[float, ...]  # seconds that each device computes, receives and sends for one sample
     device_map: Mapping[str, int] | None = None  # module paths by device, for `from_pretrained(device_map=…)`
+    block_devices: tuple[int, ...] = ()  # of a model's repeated blocks, where they are whole
+    notes: tuple[str, ...] = ()  # what else a person should know
     scores: Mapping[str, float] = field(default_factory=dict)  # what a recipe found beside it
 
     def to_json(self) -> dict[str, Any]:
@@ -125,5 +132,7 @@ class PlaceReport:
             **self.placed.to_json(),
             "assignment": dict(zip(self.ids, device_of, strict=True)),
             "device_map": None if self.device_map is None else dict(self.device_map),
+            "block_devices": list(self.block_devices),
+            "notes": list(self.notes),
             "scores": dict(self.scores),
         }

@@ -32,6 +32,8 @@ class Plan:
     - `techniques`: name → settings, as `tightfit list` names them (streaming is `offload`);
     - `residency`: for each block by position the tier where its weights rest (`gpu`, `ram` or `disk`);
     - `predicted`: tier → kind → bytes at the peak; `phases`: the compute tier's peak of every phase;
+    - `devices`: for each block the number of the GPU that holds and runs it, and `predicted_gpus` the same bytes as `predicted` for each
+      GPU that is used; both empty where one is. `predicted` and `phases` tell those of the fullest GPU then;
     - `adapter`: the folder of what was learned on the model, if any;
     - `seconds`: `load`, and `prefill`, `token` and `stream` (generate) or `step` (tune, embed).
     """
@@ -48,6 +50,8 @@ class Plan:
     streamed_bytes: int = 0
     random_weights: bool = False
     adapter: str = ""
+    devices: tuple[int, ...] = ()
+    predicted_gpus: tuple[Mapping[str, int], ...] = ()
     reasons: tuple[str, ...] = ()
     turned_down: tuple[TurnedDown, ...] = ()
     notes: tuple[str, ...] = field(default=())
@@ -61,6 +65,17 @@ class Plan:
     def compute_tier(self) -> str:
         """`gpu` or `ram`."""
         return self.budget.compute_tier
+
+    @property
+    def gpus_used(self) -> int:
+        """How many GPUs hold something."""
+        return max(1, len(self.predicted_gpus)) if self.compute_tier == "gpu" else 0
+
+    @property
+    def fullest_gpu(self) -> int:
+        """The number of the GPU whose bytes stand in `predicted`."""
+        sizes = [total(parts) for parts in self.predicted_gpus]
+        return sizes.index(max(sizes)) if sizes else 0
 
     def predicted_bytes(self, tier: str) -> int:
         """All kinds on `tier` at the peak."""
@@ -89,9 +104,16 @@ class Plan:
             plan: Plan = restore(cls, values)
             if plan.tensor_bytes() <= 0 or not set(plan.residency) <= {"gpu", "ram", "disk"}:
                 raise TypeError("blocks without a tier")
+            if (plan.devices or plan.predicted_gpus) and not plan._spread_well():
+                raise TypeError("blocks without a GPU")
             return plan
         except (KeyError, TypeError) as error:
             raise TightfitError("this is not a plan of tightfit", hint="write one with `tightfit plan MODEL --save plan.json`") from error
+
+    def _spread_well(self) -> bool:
+        """Whether each block has a GPU of the budget, and each GPU that is used its bytes."""
+        used = range(len(self.predicted_gpus))
+        return len(self.devices) == len(self.residency) and {0, *self.devices} == set(used) and len(used) <= self.budget.gpus
 
     @classmethod
     def load(cls, file: str | Path) -> "Plan":

@@ -10,10 +10,13 @@ from tightfit.planner.placement.load import load
 from tightfit.planner.placement.place import place as place_on
 from tightfit.planner.placement.simulate import simulate
 from tightfit.terms.cluster import Cluster, parse_devices, parse_links
-from tightfit.terms.errors import TightfitError
+from tightfit.terms.errors import DoesNotFit, TightfitError, near
 from tightfit.terms.machine import Machine
 from tightfit.terms.placement import PlaceReport
+from tightfit.terms.units import show_bytes
 from tightfit.terms.workload import Workload
+
+OBJECTIVES = ("makespan", "throughput")
 
 
 @dataclass(frozen=True)
@@ -40,6 +43,8 @@ def place(source: GraphFile, cluster: Cluster, objective: str = "makespan", seco
 
     Raises `DoesNotFit` where no placement can stay inside the devices' memory, or none was found.
     """
+    if objective not in OBJECTIVES:
+        raise TightfitError(f"no objective is called `{objective}`", hint=near(objective, OBJECTIVES))
     placed = place_on(source.graph, cluster, objective, seconds)
     schedule = simulate(source.graph, cluster, placed.placement)
     return PlaceReport(source.graph, source.ids, cluster, placed, schedule, load(source.graph, cluster, placed.placement.device_of))
@@ -50,17 +55,48 @@ def recorded(model: str, step: Step) -> GraphFile:
 
     Raises `TightfitError` for a model that cannot be recorded.
     """
-    return _source(_captured(model, step), model)
+    return _source(_captured(model, step, tied=True), model)
 
 
-def place_model(model: str, cluster: Cluster, step: Step, objective: str = "makespan", seconds: float = 10.0) -> PlaceReport:
-    """Record a step of a model and place it; with a device map for the grain `block`. Raises as `recorded` and `place`."""
-    from tightfit.planner.placement.device_map import device_map
+def place_model(
+    model: str, cluster: Cluster, step: Step, objective: str = "makespan", seconds: float = 10.0, tied: bool | None = None
+) -> PlaceReport:
+    """Record a step of a model and place it, beside what each GPU keeps for itself; with a device map for the grain `block`.
 
-    captured = _captured(model, step)
-    report = place(_source(captured, model), cluster, objective, seconds)
-    whole = step.grain == "block"
-    return replace(report, device_map=device_map(captured, report.placed.placement.device_of) if whole else None)
+    `tied`: whether tied weights share a device, as a device map needs it. By default they do, but for `throughput`: there the first and
+    the last stage may have one each. Raises as `recorded` and `place`.
+    """
+    from tightfit.planner.placement.device_map import block_devices, device_map
+
+    machine = Machine.here()
+    captured = _captured(model, step, objective != "throughput" if tied is None else tied)
+    notes, left = _notes(machine), _beside(cluster, machine)
+    try:
+        report = place(_source(captured, model), left, objective, seconds)
+    except DoesNotFit as error:
+        raise DoesNotFit(str(error), hint=f"{error.hint}; {notes[0]}") from error
+    device_of = report.placed.placement.device_of
+    if step.grain != "block":
+        return replace(report, notes=notes)
+    homes = block_devices(captured, device_of)
+    return replace(report, device_map=device_map(captured, device_of), block_devices=homes, notes=notes)
+
+
+def _beside(cluster: Cluster, machine: Machine) -> Cluster:
+    """What tensors may take of each GPU."""
+    rooms = [int((device.memory_bytes - machine.overhead_gpu) / (1 + machine.allocator_slack)) for device in cluster.devices]
+    if min(rooms) <= 0:
+        needed, least = show_bytes(machine.overhead_gpu), show_bytes(min(device.memory_bytes for device in cluster.devices))
+        raise DoesNotFit(f"a GPU needs {needed} for itself, and one has {least}", hint="name larger devices")
+    return replace(cluster, devices=tuple(replace(d, memory_bytes=room) for d, room in zip(cluster.devices, rooms, strict=True)))
+
+
+def _notes(machine: Machine) -> tuple[str, ...]:
+    kept = f"{show_bytes(machine.overhead_gpu)} of each device are left to CUDA, and {machine.allocator_slack:.0%} to its allocator"
+    if machine.device != "cpu":
+        return (kept,)
+    rates = f"{machine.gpu_flops / 1e12:.0f} TFLOP/s and {machine.gpu_bandwidth / 1e9:.0f} GB/s"
+    return kept, f"times are those of a GPU of {rates}, which is a guess: `tightfit probe` measures one"
 
 
 @dataclass(frozen=True)
@@ -82,14 +118,16 @@ def place_as_in_paper(source: GraphFile, cluster: Cluster, algorithm: str) -> In
     return InPaper(simulate(source.graph, cluster, found).makespan if found else -1.0, taken, operators)
 
 
-def _captured(model: str, step: Step) -> Any:
+def _captured(model: str, step: Step, tied: bool) -> Any:
     from tightfit.describe.source import describe
     from tightfit.rehearse.capture import capture
     from tightfit.rehearse.fake import inputs_for
 
     task = "tune" if step.training else "embed"
     module = describe(model, task, fetch=False).meta_model()
-    return capture(module, inputs_for(module, Workload(task, step.batch, step.tokens)), step.training, step.grain)
+    inputs = inputs_for(module, Workload(task, step.batch, step.tokens))
+    whole = getattr(module, "_no_split_modules", None) if step.grain == "block" else None
+    return capture(module, inputs, step.training, step.grain, whole or (), tied=tied)
 
 
 def _source(captured: Any, name: str) -> GraphFile:

@@ -42,10 +42,10 @@ def draw_cluster(random: random.Random, graph: Graph, alike: bool = False, seria
     """Up to three devices, from ample to hardly enough memory; speeds and links are powers of two, so that times stay exact."""
     count = random.randint(1, 3)
     needs = sum(one.weight_bytes + one.kept_bytes + one.output_bytes + one.temporary_bytes for one in graph.operators)
-    rooms = [int(needs * random.choice((0.3, 0.5, 0.7, 1.0, 2.0))) + random.randint(0, 5) for _ in range(count)]
+    rooms = [max(1, int(needs * random.choice((0.3, 0.5, 0.7, 1.0, 2.0))) + random.randint(0, 5)) for _ in range(count)]
     devices = tuple(Device(f"d{at}", room, 1.0 if alike else random.choice((0.5, 1.0, 2.0))) for at, room in enumerate(rooms))
     link = Link(random.choice((0.5, 1.0, 4.0)), float(random.randint(0, 2)))
-    other = {} if alike or random.random() < 0.5 else {(0, 1): Link(2.0, 1.0)}
+    other = {} if alike or random.random() < 0.5 or count < 2 else {(0, 1): Link(2.0, 1.0)}
     return Cluster(devices, link, other, random.random() < 0.5 if serial is None else serial)
 
 

@@ -1,5 +1,6 @@
 """Picture: the schedule of a placement as devices by time, with each device's memory below. Drawn by matplotlib, where it is installed."""
 
+import os
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -15,38 +16,52 @@ _FORWARD, _BACKWARD, _MOVED, _HELD, _LIMIT = "#4c72b0", "#55a868", "#dd8452", "#
 
 def refuse_picture(file: str) -> None:
     """Raise `TightfitError` for a kind of file that is no picture, and where matplotlib is missing."""
-    if Path(file).suffix not in FORMATS:
+    if _format(file) not in FORMATS:
         raise TightfitError(f"`{file}` is no picture", hint=f"name a file that ends in {', '.join(FORMATS)}")
     if find_spec("matplotlib") is None:
         raise TightfitError("pictures need matplotlib", hint="`pip install tightfit[plot]`")
 
 
 def draw_schedule(report: PlaceReport, file: str) -> None:
-    """Write the picture to `file`. Raises `TightfitError` where that cannot be."""
+    """Write the picture to `file`, whole or not at all. Raises `TightfitError` where that cannot be."""
     refuse_picture(file)
     import matplotlib
 
     matplotlib.use("Agg")
-    matplotlib.rcParams["svg.hashsalt"] = "tightfit"
     import matplotlib.pyplot as plt
 
+    with matplotlib.rc_context({"svg.hashsalt": "tightfit", "text.parse_math": False}):  # a `$` in a name is a dollar
+        figure = _drawn(report, plt)
+        partial = f"{file}.{os.getpid()}.partial"
+        try:
+            figure.savefig(partial, format=_format(file)[1:], metadata={"Date": None} if _format(file) == ".svg" else None)
+            os.replace(partial, file)
+        except OSError as error:
+            raise TightfitError(f"cannot write `{file}`: {error.strerror}") from error
+        finally:
+            plt.close(figure)
+            if os.path.exists(partial):
+                os.unlink(partial)
+
+
+def _format(file: str) -> str:
+    return Path(file).suffix.lower()
+
+
+def _drawn(report: PlaceReport, plt: Any) -> Any:
     count = len(report.cluster.devices)
     figure, (above, below) = plt.subplots(2, 1, figsize=(10, 1.8 + 0.8 * count), sharex=True, layout="constrained")
     unit = 1e3 if report.schedule.makespan < 1 else 1.0
     _time(above, report, unit)
     _memory(below, report, unit)
     below.set_xlabel("milliseconds" if unit > 1 else "seconds")
+    told = {"makespan": "a step in {}", "throughput": "a sample every {}"}[report.placed.objective]
     figure.suptitle(
-        f"{report.graph.name}: {len(report.graph.operators)} operators, {show_seconds(report.schedule.makespan)} a step; "
-        f"{report.placed.objective} by {report.placed.placement.by}, {report.placed.standing}",
+        f"{report.graph.name}: {len(report.graph.operators)} operators, {told.format(show_seconds(report.placed.seconds))}, "
+        f"by {report.placed.placement.by}, {report.placed.standing}",
         fontsize=10,
     )
-    try:
-        figure.savefig(file, metadata={"Date": None} if file.endswith(".svg") else None)
-    except OSError as error:
-        raise TightfitError(f"cannot write `{file}`: {error.strerror}") from error
-    finally:
-        plt.close(figure)
+    return figure
 
 
 def _time(axes: Any, report: PlaceReport, unit: float) -> None:
@@ -70,7 +85,7 @@ def _time(axes: Any, report: PlaceReport, unit: float) -> None:
         axes.bar([0], [0], color=_MOVED, label="receives")
     axes.set_yticks(range(len(report.cluster.devices)), [device.name for device in report.cluster.devices])
     axes.set_ylim(len(report.cluster.devices) - 0.5, -0.5)
-    axes.set_xlim(0, report.schedule.makespan * unit)
+    axes.set_xlim(0, report.schedule.makespan * unit or 1)
     axes.legend(ncols=3, loc="lower right", bbox_to_anchor=(1.0, 1.0), frameon=False, fontsize=8)
     axes.spines[["top", "right"]].set_visible(False)
     axes.tick_params(labelsize=8)

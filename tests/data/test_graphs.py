@@ -1,6 +1,7 @@
 """Graph files: three formats as they are, and one clear line for each fault."""
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -59,10 +60,27 @@ def test_our_own_comes_back_as_it_was(tmp_path: Path) -> None:
     assert read_graph(written(tmp_path / "g.json", graph_values(graph))).graph == graph
 
 
+def test_what_may_be_null_or_lead_the_text(tmp_path: Path) -> None:
+    nodes = [{"id": at, "fpgaLatency": 1, "size": 1, "colorClass": None, "supportedOnFpga": 1} for at in (1, 2)]
+    text = json.dumps({"nodes": nodes, "maxFPGAs": None, "maxSizePerFPGA": None})
+    found = read_graph(written(tmp_path / "g.json", "\ufeff" + text))
+    assert (found.devices, found.memory_bytes, found.graph.edges) == (None, None, ())
+    assert found.graph.groups == ((0,), (1,))
+
+
 def changed(**values: Any) -> dict[str, Any]:
     return json.loads(json.dumps(PARTITIONING)) | values
 
 
+def ours(**values: Any) -> dict[str, Any]:
+    return {"operators": [{"name": "a", "seconds": 1.0} | values, {"name": "b", "seconds": 2.0}]}
+
+
+def node(**values: Any) -> dict[str, Any]:
+    return {"nodes": [{"id": 1, "fpgaLatency": 1.0, "size": 1.0} | values]}
+
+
+HUGE = 10**400
 FAULTS = [
     ("no graph at all", {"a": 1}, "holds no graph"),
     ("half a file", '{"nodes": [', "not sound JSON"),
@@ -82,6 +100,43 @@ FAULTS = [
     ("text, missing cost", PIPEDREAM.replace(", parameter_size=40.0", ""), "line 2 lacks parameter_size"),
     ("text, stranger", PIPEDREAM + "\tnode2 -- node5\n", "`node5`, which is not there"),
     ("text, below zero", PIPEDREAM.replace("=50.0", "=-50.0"), "line 2 has activation_size=-50"),
+    ("text, too much", PIPEDREAM.replace("=50.0", "=1e300"), r"line 2 has activation_size=1e\+300"),
+    ("text, a twin", PIPEDREAM.replace("node2 -- L", "node1 -- L"), "line 2 names layer `node1` again"),
+    ("nested too deeply", '{"operators": ' + "[" * 200_000, "not sound JSON"),
+    ("nodes are a number", {"nodes": 5}, "`nodes` is not a list"),
+    ("edges are text", changed(edges="x"), "`edges` is not a list"),
+    ("size is a word", changed(maxSizePerFPGA="1GB"), "the graph has maxSizePerFPGA of '1GB'"),
+    ("size is no number", changed(maxSizePerFPGA=math.nan), "the graph has maxSizePerFPGA of nan"),
+    ("size below zero", changed(maxSizePerFPGA=-5), "the graph has maxSizePerFPGA of -5"),
+    ("size zero", changed(maxSizePerFPGA=0), "the graph has maxSizePerFPGA of 0"),
+    ("devices in parts", changed(maxFPGAs=2.0), r"the graph has maxFPGAs of 2\.0"),
+    ("devices below zero", changed(maxFPGAs=-2), "the graph has maxFPGAs of -2"),
+    ("devices in words", changed(maxFPGAs="x"), "the graph has maxFPGAs of 'x'"),
+    ("a colour of two", node(colorClass=[1]), r"node 1 has colorClass of \[1\]"),
+    ("backward in words", node(isBackwardNode="no"), "node 1 has isBackwardNode of 'no'"),
+    ("for CPUs only", node(supportedOnFpga=0), "node 1 cannot run on an accelerator"),
+    ("for CPUs only, in words", node(supportedOnFpga=False), "node 1 cannot run on an accelerator"),
+    ("an id that is true", node(id=True), "node True has id of True"),
+    ("a name that is a number", node(name=5), "node 1 has name of 5"),
+    ("a huge time", node(fpgaLatency=HUGE), "node 1 has fpgaLatency of 10+[.][.][.]"),
+    ("ours, operators null", {"operators": None}, "`operators` is not a list"),
+    ("ours, operators a number", {"operators": 5}, "`operators` is not a list"),
+    ("ours, edges null", ours() | {"edges": None}, "`edges` is not a list"),
+    ("ours, no name", ours() | {"name": None}, "the graph has name of None"),
+    ("ours, an operator of text", {"operators": ["a"]}, "operator 0 is not an object"),
+    ("ours, a name that is a number", ours(name=1), "operator 0 has name of 1"),
+    ("ours, bytes in words", ours(output_bytes="4 GB"), "operator 0 has output_bytes of '4 GB'"),
+    ("ours, bytes null", ours(weight_bytes=None), "operator 0 has weight_bytes of None"),
+    ("ours, bytes that are true", ours(weight_bytes=True), "operator 0 has weight_bytes of True"),
+    ("ours, half a byte", ours(kept_bytes=1.5), r"operator 0 has kept_bytes of 1\.5"),
+    ("ours, huge bytes", ours(temporary_bytes=HUGE), "operator 0 has temporary_bytes of 10+[.][.][.]"),
+    ("ours, a time that is none", ours(seconds=math.nan), "operator 0 has seconds of nan"),
+    ("ours, a time of words", ours(transfer_seconds="x"), "operator 0 has transfer_seconds of 'x'"),
+    ("ours, a time without end", ours(transfer_seconds=math.inf), "operator 0 has transfer_seconds of inf"),
+    ("ours, a group that is a number", ours(group=1), "operator 0 has group of 1"),
+    ("ours, a group that is a list", ours(group=[1]), r"operator 0 has group of \[1\]"),
+    ("ours, backward in words", ours(backward="no"), "operator 0 has backward of 'no'"),
+    ("ours, a twin", ours(name="b"), "2 operators are called `b`"),
 ]
 
 
@@ -90,6 +145,7 @@ def test_faults_are_one_line(tmp_path: Path, values: Any, line: str) -> None:
     with pytest.raises(TightfitError, match=line) as caught:
         read_graph(written(tmp_path / "g.json", values))
     assert "\n" not in str(caught.value)
+    assert len(str(caught.value)) < len(str(tmp_path)) + 200
 
 
 def test_a_file_that_is_not_there() -> None:

@@ -9,7 +9,13 @@ from cells import ABSENT, Results, percent, table, told
 from tightfit.terms.units import show_seconds
 
 Row = dict[str, Any]
-BESIDE = {"expert": "experts' split", "pipedream chain": "PipeDream's chain", "balanced": "balanced", "greedy fill": "greedy fill"}
+BESIDE = {
+    "expert": "experts' split",
+    "accelerate": "accelerate",
+    "pipedream chain": "PipeDream's chain",
+    "balanced": "balanced",
+    "greedy fill": "greedy fill",
+}
 """What stands beside ours, by its name in the results."""
 
 
@@ -19,6 +25,7 @@ def placement(results: Results) -> str:
     for part, wish in (("throughput", "largest load of a pipeline's device"), ("makespan", "makespan of one step")):
         parts += [_objective(results[part], wish)] if part in results else [f"The {wish}: {ABSENT}."]
     parts.append(_speed(results["speed"]) if "speed" in results else f"How long Baechi's three take for up to 50,000 operators: {ABSENT}.")
+    parts.append(_measured(results["measured"]) if "measured" in results else f"Simulated steps beside real ones: {ABSENT}.")
     return "\n\n".join([*parts, *(told(result["machine"], "placement", part) for part, result in results.items())])
 
 
@@ -34,10 +41,13 @@ def _objective(result: dict[str, Any], wish: str) -> str:
         f"fullest device holds {max(row['simulated_over_limit'] for row in placed):.0%} of its memory. Ratios are medians of ours over "
         "theirs, where theirs fits; less is better."
     )
+    maps = [row for row in placed if "accelerate" in row["others"]]
+    full = sum("accelerate" in row.get("overfull", ()) or row["others"]["accelerate"] is None for row in maps)
+    intro += f" accelerate's device map, which counts weights alone, exceeds the memory or leaves the GPUs in {full} of {len(maps)} cases."
     lines = []
     for graph in dict.fromkeys(name.rsplit(" ", 2)[0] for name in rows):
         own = [row for name, row in rows.items() if name.rsplit(" ", 2)[0] == graph and "fault" not in row]
-        lines.append([graph, *(_graph(own) if own else ["-"] * 9)])
+        lines.append([graph, *(_graph(own) if own else ["-"] * (5 + len(BESIDE)))])
     header = "graph|operators:|placed:|gap:|worst gap:|over Baechi's best:|" + "|".join(f"over {name}:" for name in BESIDE.values())
     return f"{intro}\n\n" + table(f"{header}|slowest to place:", lines)
 
@@ -54,6 +64,24 @@ def _graph(rows: list[Row]) -> list[str]:
         *(_median(ratios) for ratios in (heuristics, *beside)),
         show_seconds(max(row["place_seconds"] for row in rows)),
     ]
+
+
+def _measured(result: dict[str, Any]) -> str:
+    """Simulated over measured seconds, by model and way to place it; and bytes."""
+    ways = list(dict.fromkeys(way for row in result["rows"].values() for way in row["ways"]))
+    every = [one for row in result["rows"].values() for one in row["ways"].values()]
+    held = [size / said for one in every for size, said in zip(one["held_peak_bytes"], one["simulated_peak_bytes"], strict=True) if said]
+    off = statistics.median(abs(one["ratio"] - 1) for one in every)
+    intro = (
+        f"Simulated beside real: {len(every)} placed steps over two CPU processes; simulated over measured seconds, with operators as "
+        f"profiled. The simulator is off by {off:.1%} in the median. A process held at most {max(held):.0%} of what was simulated. The "
+        f"largest difference from the results and gradients of one process is {max(one['largest_error'] for one in every):g}."
+    )
+    lines = [
+        [name, str(row["operators"]), *(f"{row['ways'][way]['ratio']:.2f}" if way in row["ways"] else "-" for way in ways)]
+        for name, row in result["rows"].items()
+    ]
+    return f"{intro}\n\n" + table("step|operators:|" + "|".join(f"{way}:" for way in ways), lines)
 
 
 def _median(ratios: Iterable[float]) -> str:

@@ -52,7 +52,7 @@ def sources(part: str, settings: Mapping[str, Any]) -> Iterator[Source]:
             yield _from_file(file)
     for name in settings["models"]:
         for training in (False, True):
-            yield Source(f"{name}/{'training' if training else 'inference'}", partial(_of_model, name, training))
+            yield Source(f"{name}/{'training' if training else 'inference'}", partial(_of_model, name, training, part != "throughput"))
 
 
 def _from_file(file: Path) -> Source:
@@ -67,8 +67,8 @@ def _from_file(file: Path) -> Source:
     return Source(f"{name}/{file.parent.name}", lambda: (read.graph, splits), read.devices, read.memory_bytes)
 
 
-def _of_model(name: str, training: bool) -> tuple[Graph, Splits]:
-    """Every operation is an operator, with the seconds of a GPU of 60 TFLOP/s and 500 GB/s."""
+def _of_model(name: str, training: bool, tied: bool) -> tuple[Graph, Splits]:
+    """Every operation is an operator, with the seconds of a GPU of 60 TFLOP/s and 500 GB/s. A pipeline's stages have a tied weight each."""
     module, inputs = vars(networks)[name](training=training)
-    captured = capture(module, inputs, training)
+    captured = capture(module, inputs, training, tied=tied)
     return priced(captured, Machine(), "gpu"), lambda cluster: {"accelerate": accelerate_split(module, captured, cluster)}

@@ -16,7 +16,7 @@ def draw(file: Path) -> None:
     with tempfile.TemporaryDirectory() as home:
         os.environ["TIGHTFIT_HOME"] = home
         step = Step(batch=4, tokens=128, training=True, grain="module")
-        draw_schedule(place_model("gpt2", read_cluster("2x1536MiB"), step, seconds=8), str(file))
+        draw_schedule(place_model("gpt2", read_cluster("2x2150MiB"), step, seconds=8), str(file))
 
 
 if __name__ == "__main__":

@@ -124,6 +124,17 @@ def test_a_chains_placement_goes_to_the_smaller_graph_and_back(random):
     assert is_sound(small.graph, cluster, any_order)
 
 
+@given(seeds())
+@settings(deadline=None, max_examples=60)
+def test_a_placement_goes_to_the_fused_graph_each_operator_after_what_it_reads(random):
+    """Though members of what is fused stand far apart in the whole graph's order."""
+    graph = draw_graph(random, 12)
+    small, cluster = fused(co_placed(graph)), draw_cluster(random, graph)
+    placement = drawn(random, small.graph, cluster)
+    assert small.shrink(small.expand(placement)).device_of == placement.device_of
+    assert is_sound(small.graph, cluster, small.shrink(drawn(random, graph, cluster)))
+
+
 def test_a_group_stays_together_though_a_chain_starts_elsewhere():
     """`lead` and `one` become one operator of the group that `other` is in, too: it goes where most of the group's work is."""
     operators = (Operator("lead", 1.0), Operator("one", 2.0, group="g"), Operator("other", 4.0, group="g"))

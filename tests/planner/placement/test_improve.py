@@ -16,6 +16,7 @@ from tightfit.planner.placement.moves import Moves
 from tightfit.planner.placement.pack import line_of, packings
 from tightfit.planner.placement.simulate import fits, simulate
 from tightfit.planner.placement.squeeze import squeeze
+from tightfit.planner.placement.starts import BAECHI
 from tightfit.planner.placement.starts import starts as all_starts
 from tightfit.planner.placement.times import times
 from tightfit.terms.cluster import Cluster, Device, Link
@@ -91,12 +92,38 @@ def test_moves_keep_what_lasts_inside(random):
         for group, device in enumerate(home):
             left[device] -= moves.sizes[group]
         assert min(left) >= 0
-        for _ in range(20):
-            for group, device in (moves.patch(home, left, range(len(home))) or {}).items():
+        for number in range(20):
+            way = moves.parted if number % 2 else moves.patch
+            for group, device in (way(home, left, range(len(home))) or {}).items():
                 left[home[group]] += moves.sizes[group]
                 left[device] -= moves.sizes[group]
                 home[group] = device
             assert min(left) >= 0
+
+
+def test_a_cut_moves_to_any_place_at_once():
+    """Of 40 in a line, 30 on the first device: all that a cut parts off, on either side, goes to the other device, and nothing else."""
+    graph = Graph("line", tuple(Operator(str(at), 1.0) for at in range(40)), tuple((at, at + 1) for at in range(39)))
+    cluster = Cluster((Device("x", 9), Device("y", 9)), Link(1.0))
+    moves, home = Moves(graph, times(graph, cluster), rolls.Random(0)), [0] * 30 + [1] * 10
+    found = {(min(moved), max(moved), len(moved)) for _ in range(2000) if (moved := moves.parted(home, [9, 9], range(40)))}
+    ahead = {(0, to, to + 1) for to in range(30)} | {(30, to, to - 29) for to in range(30, 40)}
+    behind = {(since, 29, 30 - since) for since in range(30)} | {(since, 39, 40 - since) for since in range(30, 40)}
+    assert found == ahead | behind
+
+
+@pytest.mark.realdata
+def test_a_dear_cut_is_left_for_one_far_away():
+    """ResNet-50's cheapest cut by seconds is inside no block; one inside, where two transfers overlap, gives a step 4 % shorter."""
+    path = real_graphs() / "pipedream" / "resnet50.graph.txt"
+    if not path.exists():
+        pytest.skip(f"the real graphs are not in {real_graphs()}: set `TIGHTFIT_DATA`")
+    graph = read_graph(str(path)).graph
+    cluster = Cluster(tuple(Device(str(at), 14_262_667_729) for at in range(4)), Link(12e9))
+    start = BAECHI["m-TOPO"](graph, cluster)
+    assert start is not None
+    assert simulate(graph, cluster, start).makespan > 0.49
+    assert simulate(graph, cluster, improve(graph, cluster, start, Effort(1500, 60), seed=1)).makespan < 0.475
 
 
 @given(seeds())

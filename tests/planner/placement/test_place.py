@@ -11,7 +11,7 @@ from tightfit.planner.placement.place import place
 from tightfit.planner.placement.simulate import fits, simulate
 from tightfit.planner.placement.starts import BAECHI
 from tightfit.terms.cluster import Cluster, Device, Link
-from tightfit.terms.errors import DoesNotFit
+from tightfit.terms.errors import DoesNotFit, TightfitError
 from tightfit.terms.graph import Graph, Operator
 
 
@@ -66,3 +66,9 @@ def test_what_bytes_exclude_is_refused_with_how_many_lack() -> None:
     with pytest.raises(DoesNotFit, match="chain") as caught:
         place(chain(60, 60, 60), Cluster((Device("a", 70), Device("b", 70)), Link(1.0)))
     assert "41 B more are needed" in caught.value.hint
+
+
+def test_an_objective_that_is_none_is_refused() -> None:
+    with pytest.raises(TightfitError, match="no objective is called `makespam`") as caught:
+        place(chain(1), Cluster((Device("a", 9),), Link(1.0)), "makespam")
+    assert "`makespan`" in caught.value.hint

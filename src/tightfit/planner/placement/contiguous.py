@@ -14,6 +14,7 @@ from tightfit.planner.placement.atoms import Atoms, stage_atoms
 from tightfit.planner.placement.folding import coarse, fold
 from tightfit.planner.placement.ideals import all_ideals, along, closures, linear_orders, nearby, prefixes
 from tightfit.planner.placement.load import held_bytes, load
+from tightfit.planner.placement.memory import inside
 from tightfit.planner.placement.narrowest import narrowest_ideals
 from tightfit.planner.placement.splitting import Kind, OutOfTime, Split, Stage, best_split, kinds_of
 from tightfit.terms.cluster import Cluster
@@ -169,7 +170,7 @@ class _Search:
 
     def offer(self, device_of: tuple[int, ...]) -> None:
         """Keep a split that was found elsewhere, if it fits."""
-        if device_of and self._fits(held_bytes(self.graph, self.cluster, device_of)):
+        if device_of and inside(self.cluster, held_bytes(self.graph, self.cluster, device_of)):
             seconds = max(load(self.graph, self.cluster, device_of))
             self.device_of, self.seconds = min((self.device_of, self.seconds), (device_of, seconds), key=lambda split: split[1])
 
@@ -200,15 +201,12 @@ class _Search:
     def _keep(self, split: Split) -> bool:
         """Keep a split if it fits; its largest load is what the links really give."""
         device_of, held = self._spread(split)
-        if not self._fits(held):
+        if not inside(self.cluster, held):
             return False
         device_of, seconds = _settled(self.graph, self.cluster, self.kinds, device_of)
         if seconds < self.seconds:
             self.best, self.device_of, self.seconds = split, device_of, seconds
         return True
-
-    def _fits(self, held: Sequence[int]) -> bool:
-        return all(have <= device.memory_bytes for have, device in zip(held, self.cluster.devices, strict=True))
 
     def _spread(self, split: Split) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """The device of each operator, and what each device then holds at most."""

@@ -4,7 +4,7 @@ from collections import Counter, defaultdict, deque
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from tightfit.planner.placement.orders import group_of
+from tightfit.planner.placement.orders import group_of, topological
 from tightfit.terms.errors import TightfitError
 from tightfit.terms.graph import Graph, Operator
 from tightfit.terms.placement import Placement
@@ -37,8 +37,8 @@ class Smaller:
             for small in group:
                 device_of[small] = home
         place = {at: number for number, at in enumerate(placement.order)}
-        order = sorted(range(len(self.members)), key=lambda small: place[self.members[small][0]])
-        return Placement(tuple(device_of), tuple(order), placement.by)
+        order = topological(self.graph, lambda small: (place[self.members[small][0]], small))  # members may stand far apart in the whole
+        return Placement(tuple(device_of), order, placement.by)
 
 
 def co_placed(graph: Graph, most_bytes: float = float("inf"), most_seconds: float = float("inf")) -> Graph:

@@ -1,7 +1,8 @@
 """Improve: local search over placements, by their simulated makespan and never past memory.
 
-A move takes a patch of neighbouring groups to another device, and sends others back where it gets too full; or it changes the order. It
-is taken if it is no worse; where nothing better is met for long, a few that are worse are, too (iterated local search).
+A move takes a patch of neighbouring groups, or all beyond a cut, to another device, and sends others back where it gets too full; or it
+changes the order. It is taken if it is no worse; where nothing better is met for long, a few that are worse are, too (iterated local
+search).
 """
 
 import random
@@ -11,7 +12,7 @@ from dataclasses import dataclass
 from tightfit.planner.placement.graph import Smaller, chains, co_placed
 from tightfit.planner.placement.heft import heft
 from tightfit.planner.placement.m_etf import earliest_task_first, m_etf
-from tightfit.planner.placement.memory import held
+from tightfit.planner.placement.memory import held, inside
 from tightfit.planner.placement.moves import Moves
 from tightfit.planner.placement.orders import ranks_of, tails, urgent_first
 from tightfit.planner.placement.simulate import Clock, fits, run, simulate
@@ -25,6 +26,7 @@ _PATIENCE = 1500  # moves without a better placement, before the search goes on 
 _KICKS, _UPHILL = 6, 0.1  # at most so many, each by at most such a share
 _LEVELS = ((8, 0.2), (32, 0.25), (128, 0.25))  # groups joined up to such a part of all work and of a device, for such a share of all effort
 _REORDER = 0.15  # of all moves, those that change the order alone
+_PARTED = 0.15  # of all others, those of all that lies beyond a cut
 
 
 @dataclass(frozen=True)
@@ -160,7 +162,8 @@ class _Search:
 
     def _moved(self) -> tuple[list[int], list[int], dict[int, int]] | None:
         among = self._critical if self._chance.random() < 0.7 else range(len(self._home))
-        homes = self._moves.patch(self._home, self._left, among)
+        new_homes = self._moves.parted if self._chance.random() < _PARTED else self._moves.patch
+        homes = new_homes(self._home, self._left, among)
         if homes is None:
             return None
         device_of = self._device_of[:]
@@ -184,7 +187,7 @@ class _Search:
         if self._only_lasting:
             return True
         steps = held(self._graph, len(self._left), device_of, clock.start, clock.end, clock.sent)
-        return all(max(size for _, size in on) <= device.memory_bytes for on, device in zip(steps, self._cluster.devices, strict=True))
+        return inside(self._cluster, (max(size for _, size in on) for on in steps))
 
     def _take(self, device_of: list[int], order: list[int], homes: dict[int, int], clock: Clock) -> None:
         for group, device in homes.items():

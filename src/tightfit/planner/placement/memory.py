@@ -1,12 +1,18 @@
 """Memory: what a device holds over time: of a schedule that is known, and of one that still grows."""
 
 from bisect import bisect_left, bisect_right
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import accumulate
 
+from tightfit.terms.cluster import Cluster
 from tightfit.terms.graph import Graph
 
 _MOST_STEPS = 128  # of a block, before it is cut in two: adding and asking walk through at most so many, and through the blocks
+
+
+def inside(cluster: Cluster, held_bytes: Iterable[int]) -> bool:
+    """No device holds more than its memory; `held_bytes` is what each holds at most."""
+    return all(held <= device.memory_bytes for held, device in zip(held_bytes, cluster.devices, strict=True))
 
 
 def lasting_bytes(graph: Graph) -> list[int]:

@@ -3,8 +3,8 @@
 import random
 from collections.abc import Sequence
 
-from tightfit.planner.placement.orders import group_of
-from tightfit.planner.placement.pack import group_bytes
+from tightfit.planner.placement.orders import group_of, places
+from tightfit.planner.placement.pack import group_bytes, line_of
 from tightfit.planner.placement.times import Times
 from tightfit.terms.graph import Graph
 
@@ -26,23 +26,36 @@ class Moves:
                 near[self.group[source]][self.group[target]] = None
                 near[self.group[target]][self.group[source]] = None
         self._near = [tuple(groups) for groups in near]
+        self._line = line_of(graph, graph.order)
+        self._place = places(self._line)
 
     def patch(self, home: Sequence[int], left: Sequence[int], among: Sequence[int]) -> dict[int, int] | None:
         """New devices for a patch around one group of `among`, and for what makes room for it; None if that failed.
 
         `home` is the device of each group, `left` the bytes that each device has left beside what lasts.
         """
-        chance = self._chance
-        seed = chance.choice(among)
-        source = home[seed]
-        others = [home[group] for group in self._near[seed] if home[group] != source]
+        seed = self._chance.choice(among)
+        return self._sent(home, left, self._grown(home, seed), [seed])
+
+    def parted(self, home: Sequence[int], left: Sequence[int], among: Sequence[int]) -> dict[int, int] | None:
+        """The same for all groups of one device that lie from one of `among` on in the line, or up to it: what a cut there parts off."""
+        seed = self._chance.choice(among)
+        place = self._place[seed]
+        side = self._line[place:] if self._chance.random() < 0.5 else self._line[: place + 1]
+        piece = [group for group in side if home[group] == home[seed]]
+        return self._sent(home, left, piece, piece)
+
+    def _sent(self, home: Sequence[int], left: Sequence[int], patch: Sequence[int], border: Sequence[int]) -> dict[int, int] | None:
+        """`patch` on another device, mostly one that a neighbour of `border` is on, and what makes room for it."""
+        chance, source = self._chance, home[patch[0]]
+        others = [home[near] for group in border for near in self._near[group] if home[near] != source]
         if others and chance.random() > _ELSEWHERE:
             target = chance.choice(others)
         else:
             target = chance.randrange(self._devices)
             if target == source:
                 return None
-        moved = dict.fromkeys(self._grown(home, seed), target)
+        moved = dict.fromkeys(patch, target)
         size = sum(self.sizes[group] for group in moved)
         if size > left[target]:
             return self._with_room(home, left, moved, source, target, size)

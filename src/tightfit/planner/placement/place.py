@@ -9,10 +9,12 @@ from tightfit.planner.placement.simulate import simulate
 from tightfit.planner.placement.starts import starts
 from tightfit.planner.placement.throughput import throughput
 from tightfit.terms.cluster import Cluster
-from tightfit.terms.errors import DoesNotFit
+from tightfit.terms.errors import DoesNotFit, TightfitError, near
 from tightfit.terms.graph import Graph
 from tightfit.terms.placement import Placed, Placement
 from tightfit.terms.units import show_bytes
+
+_OBJECTIVES = ("makespan", "throughput")
 
 _MOST_FOR_PROGRAM = 200
 """Operators up to which the integer program is asked, too; of chains so many are proven in a second."""
@@ -29,8 +31,10 @@ def place(graph: Graph, cluster: Cluster, objective: str = "makespan", seconds: 
 
     `objective`: `makespan`, one step from its first operator to its last, or `throughput`, the largest load of a pipeline's device.
     `seconds`: for making the best answer better; the algorithms themselves take what they take. The same `seed` looks at the same places,
-    as far as time allows. Raises `DoesNotFit` where no placement fits, or none was found.
+    as far as time allows. Raises `DoesNotFit` where no placement fits, or none was found, and `TightfitError` for another objective.
     """
+    if objective not in _OBJECTIVES:
+        raise TightfitError(f"no objective is called `{objective}`", hint=near(objective, _OBJECTIVES))
     if objective == "throughput":
         return throughput(graph, cluster, max(1.0, seconds), seed=seed)
     began = time.perf_counter()

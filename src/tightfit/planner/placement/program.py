@@ -5,7 +5,7 @@ that no path connects and whose windows overlap, a whole number says which (disj
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import combinations
 from typing import Any
 
@@ -32,16 +32,43 @@ class Program:
     high: Any
     whole: Any
 
+    def solve(self, seconds_limit: float) -> Any:
+        """What HiGHS finds and proves within `seconds_limit`: scipy's `OptimizeResult`, whose `x` is None where nothing was found."""
+        from scipy.optimize import Bounds, LinearConstraint, milp
+
+        return milp(
+            self.costs,
+            constraints=LinearConstraint(self.rows, self.least, float("inf")),  # type: ignore[arg-type]
+            integrality=self.whole,
+            bounds=Bounds(self.low, self.high),  # type: ignore[arg-type]
+            options={"time_limit": seconds_limit, "mip_rel_gap": 1e-6},
+        )
+
+    def without(self, x: Sequence[float]) -> "Program":
+        """The same program, without every solution that has the homes of `x`."""
+        import numpy as np
+        from scipy.sparse import coo_array, vstack
+
+        homes = self._homes(x)
+        columns = [group * self.devices + home for group, home in enumerate(homes)]
+        elsewhere = coo_array((np.full(len(homes), -1.0), (np.zeros(len(homes), int), columns)), shape=(1, len(self.low)))
+        rows = vstack([self.rows, elsewhere]).tocsr()
+        return replace(self, rows=rows, least=np.append(self.least, 1.0 - len(homes)))
+
     def placement(self, x: Sequence[float]) -> Placement:
         """What a solution says: the devices, and the operators by start; what starts at one time stays in topological order."""
-        groups, devices = len(self.graph.groups), self.devices
-        homes = [max(range(devices), key=lambda device: x[group * devices + device]) for group in range(groups)]
+        groups, devices, homes = len(self.graph.groups), self.devices, self._homes(x)
         starts = x[groups * devices : groups * devices + len(self.graph.operators)]
         order, sooner = [], list(starts)
         for at in self.graph.order:  # within the solver's tolerance a reader may start before what it reads ends
             sooner[at] = max([starts[at], *(sooner[parent] for parent in self.graph.parents[at])])
         order = sorted(self.graph.order, key=lambda at: sooner[at])
         return Placement(tuple(by_operator(self.graph, homes)), tuple(order), "exact")
+
+    def _homes(self, x: Sequence[float]) -> list[int]:
+        """The device of each group: the first columns are one for each group and device."""
+        devices = range(self.devices)
+        return [max(devices, key=lambda device: x[group * self.devices + device]) for group in range(len(self.graph.groups))]
 
 
 class _Rows:

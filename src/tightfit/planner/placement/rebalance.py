@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 
 from tightfit.planner.placement.atoms import Atoms, group_atoms
 from tightfit.planner.placement.load import held_bytes, load
+from tightfit.planner.placement.memory import inside
 from tightfit.terms.cluster import Cluster
 from tightfit.terms.graph import Graph
 
@@ -34,9 +35,7 @@ def rebalance(graph: Graph, cluster: Cluster, device_of: Sequence[int], seconds_
         _descend(split, deadline)
         found = atoms.spread(split.device_of)
         seconds = max(load(graph, cluster, found))
-        held = held_bytes(graph, cluster, found)
-        fits = all(have <= device.memory_bytes for have, device in zip(held, cluster.devices, strict=True))
-        if fits and seconds < least * (1 - 1e-9):
+        if inside(cluster, held_bytes(graph, cluster, found)) and seconds < least * (1 - 1e-9):
             best, least, start, quiet = found, seconds, split.device_of, 0
         else:
             quiet += 1
@@ -55,10 +54,7 @@ def pack(graph: Graph, cluster: Cluster) -> tuple[int, ...] | None:
             device_of[atom] = min(rooms, key=lambda device: key(free[device], device))
             free[device_of[atom]] -= atoms.held_bytes[atom]
         found = atoms.spread(device_of)
-        if -1 in device_of:
-            continue
-        held = held_bytes(graph, cluster, found)
-        if all(have <= device.memory_bytes for have, device in zip(held, cluster.devices, strict=True)):
+        if -1 not in device_of and inside(cluster, held_bytes(graph, cluster, found)):
             return found
     return None
 
@@ -73,9 +69,7 @@ def repair(graph: Graph, cluster: Cluster, device_of: Sequence[int], seconds_lim
     while time.perf_counter() < deadline:
         if all(split.room(device) >= 0 for device in range(len(split.held))):
             found = atoms.spread(split.device_of)
-            held = held_bytes(graph, cluster, found)
-            fits = all(have <= device.memory_bytes for have, device in zip(held, cluster.devices, strict=True))
-            return found if fits else None
+            return found if inside(cluster, held_bytes(graph, cluster, found)) else None
         step = min(_relieving(split), default=None)
         if step is None:
             return None

@@ -8,7 +8,7 @@ import heapq
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from tightfit.planner.placement.memory import held
+from tightfit.planner.placement.memory import held, inside
 from tightfit.planner.placement.times import Times, times
 from tightfit.terms.cluster import Cluster
 from tightfit.terms.graph import Graph
@@ -51,7 +51,7 @@ def simulate(graph: Graph, cluster: Cluster, placement: Placement) -> Schedule:
 
 def fits(cluster: Cluster, schedule: Schedule) -> bool:
     """No device ever holds more than its memory."""
-    return all(peak <= device.memory_bytes for peak, device in zip(schedule.peak_bytes, cluster.devices, strict=True))
+    return inside(cluster, schedule.peak_bytes)
 
 
 def run(graph: Graph, cluster: Cluster, costs: Times, device_of: Sequence[int], order: Sequence[int]) -> Clock:

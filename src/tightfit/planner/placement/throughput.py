@@ -8,6 +8,7 @@ from tightfit.planner.placement.contiguous import Contiguous, contiguous
 from tightfit.planner.placement.load import held_bytes, load, pipeline_order
 from tightfit.planner.placement.load_bounds import load_bound, refuse_too_small
 from tightfit.planner.placement.load_program import load_program
+from tightfit.planner.placement.memory import inside
 from tightfit.planner.placement.rebalance import pack, rebalance, repair
 from tightfit.terms.cluster import Cluster
 from tightfit.terms.errors import DoesNotFit
@@ -108,8 +109,7 @@ def _scattered_bound(atoms: Atoms, cluster: Cluster, graph: Graph, splits: dict[
     solved = load_program(atoms, cluster, left, min(values, default=float("inf")) * 1.000001)
     if solved.device_of:
         split = atoms.spread(solved.device_of)
-        held = held_bytes(graph, cluster, split)
-        if all(have <= device.memory_bytes for have, device in zip(held, cluster.devices, strict=True)):
+        if inside(cluster, held_bytes(graph, cluster, split)):
             splits["integer program"] = split
     return max(bound, (solved.bound_seconds, "integer program")) if solved.bound_seconds < float("inf") else bound
 
